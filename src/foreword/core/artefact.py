@@ -1,0 +1,257 @@
+"""The artefact: one `.safetensors` file with a task's vectors and a JSON header that says what they belong to.
+
+Reading and checking the header imports no torch, so that the registry and the gateway can do it; only
+`load_artefact` and `save_artefact` touch tensors. The sha256 of the file is its identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from foreword.core.block import Block
+from foreword.core.spec import Fingerprint, ModelSpec
+from foreword.errors import ArtefactCorrupt, ArtefactError
+
+if TYPE_CHECKING:
+    import torch
+
+    from foreword.core.prompt import Vectors
+
+FORMAT = 1
+METADATA_KEY = "foreword"
+MAX_HEADER_BYTES = 16 * 2**20
+ITEMSIZES = {"F32": 4, "BF16": 2}
+
+Method = Literal["prompt", "prefix", "kv"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtefactHeader:
+    """Everything about a task's vectors except the vectors."""
+
+    method: Method
+    task: str
+    block: Block
+    """Literal tokens and vectors that stand in front of every row's text."""
+    soft_after: int = 0
+    """Vectors behind the block (soft slots right of the input); the last rows of the tensor. Method `prompt` only."""
+    base: Fingerprint
+    spec: ModelSpec
+    template: Mapping[str, Any] | None = None
+    """How a row is rendered (`TaskTemplate.to_json`), or None for vectors made elsewhere."""
+    labels: tuple[str, ...] = ()
+    """The closed set of answers, where the task has one."""
+    metric: str = ""
+    max_new_tokens: int | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Resolved configuration, data hash, seed, steps, versions, curves' summary."""
+    parent: str | None = None
+    """sha256 of the artefact that training started from."""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    conformance: tuple[Mapping[str, Any], ...] = ()
+    """Probe inputs with the top-20 next-token log-probabilities as trained (core/conformance.py)."""
+    created: str = ""
+    foreword: str = ""
+
+    @property
+    def num_vectors(self) -> int:
+        """P, with those behind the input."""
+        return self.block.num_soft + self.soft_after
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict; `from_json` is its inverse."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["block"], data["base"], data["spec"] = self.block.to_json(), self.base.to_json(), self.spec.to_json()
+        data["labels"], data["conformance"] = list(self.labels), list(self.conformance)
+        return {"format": FORMAT, **data}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ArtefactHeader:
+        """Build the header from `to_json`'s dict. Raises ArtefactCorrupt on unknown or missing fields."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        fields = dict(data)
+        if fields.pop("format", None) != FORMAT:
+            raise ArtefactCorrupt(
+                f"artefact format {data.get('format')!r} is not {FORMAT}",
+                hint="Update foreword, or export the artefact again with the version that wrote it.",
+            )
+        if unknown := sorted(fields.keys() - known):
+            raise ArtefactCorrupt(f"unknown field {unknown[0]!r} in the artefact's header")
+        try:
+            fields["block"] = Block.from_json(fields["block"])
+            fields["base"] = Fingerprint(**fields["base"])
+            fields["spec"] = ModelSpec.from_json(fields["spec"])
+            fields["labels"] = tuple(fields.get("labels", ()))
+            fields["conformance"] = tuple(fields.get("conformance", ()))
+            header = cls(**fields)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ArtefactCorrupt(f"the artefact's header is incomplete: {error}") from error
+        if header.method not in ("prompt", "prefix", "kv"):
+            raise ArtefactCorrupt(f"unknown method {header.method!r} in the artefact's header")
+        return header
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors that the file must hold, by name."""
+        num, spec = self.num_vectors, self.spec
+        if self.method == "prompt":
+            return {"prompt": (num, spec.embed_size)}
+        if self.method == "prefix":
+            return {"prefix": (spec.num_layers, num, spec.hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index, layer in enumerate(spec.layers):
+            shapes[f"key.{index}"] = (layer.num_kv_heads, num, layer.head_dim)
+            shapes[f"value.{index}"] = (layer.num_kv_heads, num, layer.value_dim)
+        return shapes
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A loaded artefact: header and tensors (on the CPU). `sha256` is that of the whole file."""
+
+    header: ArtefactHeader
+    tensors: Mapping[str, torch.Tensor]
+    sha256: str
+    path: Path | None = None
+
+    @property
+    def vectors(self) -> Vectors:
+        """The vectors as SoftPrompt, SoftPrefix or SoftKV."""
+        from foreword.core.prompt import vectors_from_tensors
+
+        return vectors_from_tensors(self.header, self.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the vectors alone."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def read_header(path: str | Path) -> ArtefactHeader:
+    """Read and check the header of an artefact without reading its tensors.
+
+    Raises ArtefactCorrupt when the file is truncated, has foreign or missing tensors, a wrong shape or dtype, or an
+    oversized header; ArtefactError when it cannot be opened.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            return _parse_header(path, size, file.read(8), file.read)
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror}", hint="Check the path.") from error
+
+
+def _parse_header(path: Path, size: int, prefix: bytes, read: Any) -> ArtefactHeader:
+    def corrupt(what: str) -> ArtefactCorrupt:
+        return ArtefactCorrupt(f"{path}: {what}", hint="Get the file again; its sha256 tells whether it is whole.")
+
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+        raise corrupt(f"not a safetensors file (header of {length} bytes in a file of {size})")
+    try:
+        table = json.loads(read(length))
+        metadata = table.pop("__metadata__")
+        header = ArtefactHeader.from_json(json.loads(metadata[METADATA_KEY]))
+        found = {name: (tuple(info["shape"]), info["dtype"], *info["data_offsets"]) for name, info in table.items()}
+    except ArtefactCorrupt as error:
+        raise corrupt(error.message) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise corrupt(f"no foreword header ({type(error).__name__}: {error})") from error
+    expected = header.tensor_shapes()
+    if found.keys() != expected.keys():
+        odd = sorted(found.keys() ^ expected.keys())[0]
+        raise corrupt(f"tensor {odd!r} is {'foreign' if odd in found else 'missing'} for method {header.method}")
+    end, dtypes = 0, {dtype for _, dtype, *_ in found.values()}
+    if len(dtypes) != 1 or not dtypes <= ITEMSIZES.keys():
+        raise corrupt(f"dtype {', '.join(sorted(dtypes))} where F32 or BF16 is allowed")
+    for name, (shape, dtype, start, stop) in sorted(found.items(), key=lambda item: item[1][2:]):
+        if shape != expected[name]:
+            raise corrupt(f"tensor {name!r} has shape {list(shape)}, the header says {list(expected[name])}")
+        count = ITEMSIZES[dtype]
+        for dim in shape:
+            count *= dim
+        if start != end or stop - start != count:
+            raise corrupt(f"tensor {name!r} lies at bytes {start} to {stop}, expected {end} to {end + count}")
+        end = stop
+    if 8 + length + end != size:
+        raise corrupt(f"{size} bytes where the header needs {8 + length + end}")
+    return header
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_artefact(path: str | Path) -> Artefact:
+    """Load an artefact: header and tensors, checked; needs no model.
+
+    Raises ArtefactCorrupt as `read_header` does, and where a value is NaN or Inf.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = Path(path)
+    header = read_header(path)
+    data = path.read_bytes()
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ArtefactCorrupt(f"{path}: {error}") from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ArtefactCorrupt(
+                f"{path}: tensor {name!r} holds NaN or Inf", hint="Train again from the last good checkpoint."
+            )
+    return Artefact(header, tensors, hashlib.sha256(data).hexdigest(), path)
+
+
+def save_artefact(path: str | Path, header: ArtefactHeader, tensors: Mapping[str, torch.Tensor]) -> Artefact:
+    """Write an artefact to a temporary file, fsync and rename it to `path`; return it as `load_artefact` would.
+
+    `tensors` must have the header's names and shapes, float32 or bfloat16. Nothing is left behind on failure.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    expected = header.tensor_shapes()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        raise ValueError(f"tensors {shapes} do not fit the header's {expected}")
+    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    data = save(whole, metadata={METADATA_KEY: json.dumps(header.to_json(), sort_keys=True)})
+    write_atomically(path, data)
+    return Artefact(header, whole, hashlib.sha256(data).hexdigest(), path)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, also after a crash.
+
+    Raises ArtefactError when the disk is full or the folder cannot be written; nothing is left behind then.
+    """
+    path = Path(path)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise ArtefactError(
+            f"cannot write {path} ({len(data)} bytes): {error.strerror}", hint="Free space or choose another folder."
+        ) from error

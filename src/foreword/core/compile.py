@@ -1,0 +1,153 @@
+"""Compile the three kinds of vectors to a KVPrefix: one forward over the block, kept keys and values.
+
+Exact for a causal decoder with a constant block in front: prompt rows act on the text only through the keys and values
+they leave, and a hidden-state prefix has its outputs dropped by definition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foreword.core.artefact import Artefact
+from foreword.core.block import Block
+from foreword.core.model import FrozenModel
+from foreword.core.prompt import KVPrefix, SoftKV, SoftPrefix, SoftPrompt, Vectors, tensors_digest
+from foreword.core.template import TaskTemplate
+from foreword.errors import IncompatibleModel
+
+LayerKV = list[tuple[Tensor, Tensor]]
+"""Keys and values [1, Hkv, N, Dh] of every layer."""
+
+
+def compile(base: FrozenModel, source: Artefact | Vectors, *, name: str = "", allow_mismatch: bool = False) -> KVPrefix:
+    """Run a block of literal tokens and vectors once through the frozen model and keep its keys and values.
+
+    `source` is an artefact, or vectors made elsewhere (their block defaults to the vectors alone, from position 0).
+    The result has the model's dtype and device; serving it equals writing the vectors into the sequence, up to
+    rounding (tests/core/test_compile.py). Raises IncompatibleModel when the artefact belongs to another base
+    (unless `allow_mismatch`) or a layer cannot hold the block.
+    """
+    extra: dict[str, Any] = {}
+    if not isinstance(source, Artefact):
+        vectors, digest = source, tensors_digest(source.tensors())
+    else:
+        header = source.header
+        if not allow_mismatch:
+            check_base(base, source)
+        template = TaskTemplate.from_json(header.template) if header.template else None
+        vectors, digest, name = source.vectors, source.sha256, name or header.task
+        extra = {"template": template, "labels": header.labels, "max_new_tokens": header.max_new_tokens}
+    block = vectors.block or Block((vectors.num_vectors,))
+    check_shapes(base, vectors, block)
+    with torch.no_grad():
+        layers = compute_block(base, vectors, block)
+    after = vectors.after if isinstance(vectors, SoftPrompt) else None
+    return KVPrefix(
+        keys=tuple(key[0].detach().contiguous() for key, _ in layers),
+        values=tuple(value[0].detach().contiguous() for _, value in layers),
+        digest=digest,
+        name=name,
+        method=vectors.method,
+        block=block,
+        after=None if after is None else after.to(base.device, base.dtype),
+        **extra,
+    )
+
+
+def check_base(base: FrozenModel, artefact: Artefact) -> None:
+    """Raise IncompatibleModel naming the first field in which the artefact's base differs from `base`."""
+    if difference := artefact.header.base.first_difference(base.fingerprint):
+        field, trained, found = difference
+        raise IncompatibleModel(
+            f"artefact {artefact.header.task!r} was trained for another base: {field} {trained} there, {found} here",
+            hint="Serve it with the base it was trained for, or train again; --allow-mismatch overrides this check.",
+        )
+
+
+def check_shapes(base: FrozenModel, vectors: Vectors, block: Block) -> None:
+    """Raise IncompatibleModel when shapes do not fit the base, or the block does not fit its layers."""
+    spec, num = base.spec, block.num_soft
+    if isinstance(vectors, SoftPrompt):
+        found, expected = [list(vectors.vectors.shape)], [[num, spec.embed_size]]
+    elif isinstance(vectors, SoftPrefix):
+        found, expected = [list(vectors.vectors.shape)], [[spec.num_layers, num, spec.hidden_size]]
+    else:
+        found = [list(tensor.shape) for tensor in (*vectors.keys, *vectors.values)]
+        expected = [[layer.num_kv_heads, num, layer.head_dim] for layer in spec.layers]
+        expected += [[layer.num_kv_heads, num, layer.value_dim] for layer in spec.layers]
+    if found != expected:
+        raise IncompatibleModel(f"{vectors.method} vectors of shape {found}, this base needs {expected}")
+    base.check_holds(block.num_positions)
+
+
+def compute_block(base: FrozenModel, vectors: Vectors, block: Block) -> LayerKV:
+    """Return every layer's keys and values [1, Hkv, N, Dh] for the block; gradients flow into the vectors."""
+    if isinstance(vectors, SoftKV):
+        return _block_with_kv(base, vectors, block)
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    index = torch.tensor(block.soft_positions(), device=base.device)
+    embeds = base.embed(torch.tensor([block.literal_ids()], device=base.device))
+    positions = torch.arange(block.num_positions, device=base.device)[None]
+    mask = torch.ones_like(positions)
+    if isinstance(vectors, SoftPrompt):
+        embeds = embeds.index_copy(1, index, vectors.vectors.to(base.device, base.dtype)[None])
+        base.run_decoder(embeds, positions=positions, cache=cache, mask=mask)
+    else:
+        with base.layer_inputs_replaced(index, list(vectors.vectors.to(base.device))):
+            base.run_decoder(embeds, positions=positions, cache=cache, mask=mask)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _block_with_kv(base: FrozenModel, vectors: SoftKV, block: Block) -> LayerKV:
+    from transformers import DynamicCache
+
+    cache, start, used = DynamicCache(), 0, 0
+    for segment in block.segments:
+        if isinstance(segment, int):
+            part = slice(used, used + segment)
+            for index, (key, value) in enumerate(zip(vectors.keys, vectors.values, strict=True)):
+                rows = key[None, :, part], value[None, :, part]
+                cache.update(*(row.to(base.device, base.dtype) for row in rows), index)
+            used, start = used + segment, start + segment
+        else:
+            ids = torch.tensor([segment], device=base.device)
+            positions = torch.arange(start, start + len(segment), device=base.device)[None]
+            mask = torch.ones(1, start + len(segment), dtype=torch.long, device=base.device)
+            base.run_decoder(base.embed(ids), positions=positions, cache=cache, mask=mask)
+            start += len(segment)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def uncompiled_logits(base: FrozenModel, ids: Tensor, vectors: SoftPrompt | SoftPrefix) -> Tensor:
+    """Return logits [B, T, V] for `ids` [B, T] with the vectors written into the sequence: the reference form.
+
+    For a prompt, its rows stand in `inputs_embeds`; for a hidden-state prefix, each layer reads
+    `[p^l ; h^(l-1)]` and the rows at prefix positions of its output are dropped.
+    """
+    from transformers import DynamicCache
+
+    block = vectors.block or Block((vectors.num_vectors,))
+    index = torch.tensor(block.soft_positions(), device=base.device)
+    left = torch.tensor([block.literal_ids()], device=base.device).expand(ids.shape[0], -1)
+    embeds = base.embed(torch.cat([left, ids], dim=1))
+    count = embeds.shape[1]
+    positions = torch.arange(count, device=base.device).expand(ids.shape[0], -1)
+    arguments: dict[str, Any] = {"positions": positions, "cache": DynamicCache(), "mask": torch.ones_like(positions)}
+    if isinstance(vectors, SoftPrompt):
+        rows = vectors.vectors.to(base.device, base.dtype).expand(ids.shape[0], -1, -1)
+        logits = base.run(embeds=embeds.index_copy(1, index, rows), **arguments)
+    else:
+        with base.layer_inputs_replaced(index, list(vectors.vectors.to(base.device))):
+            logits = base.run(embeds=embeds, **arguments)
+    return logits[:, block.num_positions :]
+
+
+def with_name(prefix: KVPrefix, name: str) -> KVPrefix:
+    """Return the same prefix under another name."""
+    return dataclasses.replace(prefix, name=name)

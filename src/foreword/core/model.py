@@ -1,0 +1,353 @@
+"""Load a base and freeze it; the only file that knows how model families differ.
+
+Nothing here changes layer code: vectors enter through `inputs_embeds`, the cache, and forward pre-hooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from foreword.core.spec import Fingerprint, LayerSpec, ModelSpec
+from foreword.errors import ConfigError, IncompatibleModel
+
+SAMPLES_PER_TENSOR = 256
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FrozenModel:
+    """A frozen base model: every parameter has requires_grad False, evaluation mode, no dropout.
+
+    `model` is the transformers causal language model, `tokenizer` may be None, `spec` its shapes.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        model.requires_grad_(False)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.decoder: nn.Module = model.base_model
+        self.layers = _decoder_layers(model)
+        self._accepts = set(inspect.signature(self.decoder.forward).parameters)
+        self.spec = _probe_spec(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embeddings, where inputs go."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the base, which keys and values share."""
+        return self.embedding.weight.dtype
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The input embedding."""
+        module: nn.Embedding = self.model.get_input_embeddings()
+        return module
+
+    @property
+    def config(self) -> Any:
+        """The text decoder's configuration."""
+        return self.model.config.get_text_config()
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """The base's identity; computed on first use."""
+        return compute_fingerprint(self)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end an answer: the generation configuration's and the tokenizer's end of sequence."""
+        ids: set[int] = set()
+        for source in (getattr(self.model, "generation_config", None), self.config, self.tokenizer):
+            found = getattr(source, "eos_token_id", None)
+            ids.update(found if isinstance(found, list | tuple) else [] if found is None else [found])
+        return frozenset(ids)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the rows [..., D] that `inputs_embeds` takes for token ids."""
+        rows: Tensor = self.embedding(ids)
+        return rows
+
+    def run_decoder(self, embeds: Tensor, *, positions: Tensor, cache: Any, mask: Tensor | None = None) -> None:
+        """Run the decoder over `embeds` [B, T, D] only to fill `cache`; no logits are computed."""
+        self.decoder(inputs_embeds=embeds, **self._arguments(positions, cache, mask))
+
+    def run(
+        self,
+        *,
+        ids: Tensor | None = None,
+        embeds: Tensor | None = None,
+        positions: Tensor,
+        cache: Any,
+        mask: Tensor | None = None,
+        select: Tensor | None = None,
+    ) -> Tensor:
+        """Run the model on `ids` [B, T] or `embeds` [B, T, D] at `positions` [B, T]; return logits.
+
+        `cache` is a transformers cache (it is filled), `mask` [B, past + T] has 1 at real tokens. With `select`, flat
+        indices into B·T, logits are computed at those places only and come back as [len(select), V]; otherwise
+        [B, T, V]. The head's input is gathered by a pre-hook, so a family's scales and caps of logits still apply.
+        """
+        inputs = {"inputs_embeds": embeds} if ids is None else {"input_ids": ids}
+        with _gather_before_head(self.model.get_output_embeddings(), select):
+            logits: Tensor = self.model(**inputs, **self._arguments(positions, cache, mask)).logits
+        return logits[0] if select is not None else logits
+
+    def _arguments(self, positions: Tensor, cache: Any, mask: Tensor | None) -> dict[str, Any]:
+        arguments = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        if "position_ids" in self._accepts:  # BLOOM counts positions from the mask
+            arguments["position_ids"] = positions
+        return arguments
+
+    @contextmanager
+    def layer_inputs_replaced(self, index: Tensor, rows: Sequence[Tensor]) -> Iterator[None]:
+        """While active, layer l reads `rows[l]` [P, D] at the sequence positions `index` [P] of every batch row."""
+
+        def hook_for(row: Tensor) -> Any:
+            def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                new = hidden.index_copy(1, index, row.to(hidden.dtype).expand(hidden.shape[0], -1, -1))
+                return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+            return replace
+
+        handles = [
+            layer.register_forward_pre_hook(hook_for(row), with_kwargs=True)
+            for layer, row in zip(self.layers, rows, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def check_holds(self, num_positions: int) -> None:
+        """Raise IncompatibleModel when a layer's window or the position table cannot hold the block."""
+        for index, layer in enumerate(self.spec.layers):
+            if layer.window is not None and num_positions >= layer.window:
+                raise IncompatibleModel(
+                    f"layer {index} attends to a sliding window of {layer.window} tokens, "
+                    f"the block in front of the text takes {num_positions}",
+                    hint=f"Use at most {layer.window - 1} positions for vectors and hard text.",
+                )
+        limit = self.spec.max_positions
+        if limit is not None and num_positions >= limit:
+            raise IncompatibleModel(
+                f"the base takes {limit} positions, the block in front of the text alone takes {num_positions}",
+                hint="Use fewer vectors.",
+            )
+
+    def checksum(self) -> str:
+        """Return an exact hash of every bit of every parameter and buffer, to prove that the base did not change."""
+        digest = hashlib.sha256()
+        for name, tensor in _named_tensors(self.model):
+            digest.update(name.encode())
+            digest.update(_bits_checksum(tensor))
+        return digest.hexdigest()
+
+
+def load_base(
+    base: Any,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "cpu",
+    tokenizer: Any = None,
+    attention: str | None = None,
+) -> FrozenModel:
+    """Load a base and freeze it.
+
+    `base` is a folder, a hub id or a transformers causal language model (kept where and as it is). `dtype` "auto" is
+    the checkpoint's own. Raises ConfigError when nothing can be loaded from `base`, IncompatibleModel when a layer has
+    no plain keys and values (state-space layers, MLA latents).
+    """
+    if isinstance(base, FrozenModel):
+        return base
+    if isinstance(base, nn.Module):
+        return FrozenModel(base, tokenizer)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    options = {"attn_implementation": attention} if attention else {}
+    try:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device {device!r} asked for, but no CUDA device is available", hint="Use device=cpu.")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES.get(dtype, "auto"), **options).to(device)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        kind = "folder" if Path(str(base)).exists() else "folder or hub id"
+        raise ConfigError(
+            f"no base model can be loaded from {kind} {str(base)!r}: {str(error).splitlines()[0]}",
+            hint="Give a folder with config.json, weights and tokenizer files, or a Hugging Face model id.",
+        ) from error
+    return FrozenModel(model, tokenizer)
+
+
+def _decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the decoder's layers: the largest module list with one entry per hidden layer."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists: list[nn.ModuleList] = [
+        m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count
+    ]
+    if not lists:
+        raise IncompatibleModel(
+            f"{type(model).__name__} has no list of {count} decoder layers", hint="foreword needs a causal decoder."
+        )
+    return list(max(lists, key=_num_parameters))
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _probe_spec(base: FrozenModel) -> ModelSpec:
+    """Run two tokens and read every layer's keys and values; refuse what has none."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    config, model_type = base.config, base.model.config.model_type
+
+    def refuse(index: int, why: str) -> IncompatibleModel:
+        return IncompatibleModel(
+            f"layer {index} of {model_type} {why}",
+            hint="A prefix needs plain keys and values in every layer; soft prompts for such a base are not compiled.",
+        )
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise IncompatibleModel(f"{model_type} is an encoder-decoder", hint="foreword needs a causal decoder.")
+    if getattr(config, "kv_lora_rank", None):
+        raise refuse(0, f"caches an MLA latent of {config.kv_lora_rank} numbers, not keys and values")
+    declared = DynamicCache(config=config).layers
+    for index, layer in enumerate(declared):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise refuse(index, f"keeps a {type(layer).__name__}, not plain keys and values")
+    cache = DynamicCache()
+    with torch.no_grad():
+        embeds = base.embed(torch.zeros(1, 2, dtype=torch.long, device=base.device))
+        positions = torch.arange(2, device=base.device)[None]
+        base.run_decoder(embeds, positions=positions, cache=cache, mask=torch.ones_like(positions))
+    count = len(base.layers)
+    for index in range(count):
+        if index >= len(cache.layers) or getattr(cache.layers[index], "keys", None) is None:
+            raise refuse(index, "leaves no keys and values of its own in the cache")
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        window = getattr(declared[index], "sliding_window", None) if index < len(declared) else None
+        layers.append(
+            LayerSpec(
+                num_kv_heads=layer.keys.shape[1],
+                head_dim=layer.keys.shape[3],
+                value_dim=layer.values.shape[3],
+                window=window,
+            )
+        )
+    return ModelSpec(
+        model_type=model_type,
+        hidden_size=config.hidden_size,
+        embed_size=base.embedding.weight.shape[1],
+        vocab_size=base.embedding.weight.shape[0],
+        max_positions=_max_positions(config),
+        num_parameters=_num_parameters(base.model),
+        layers=tuple(layers),
+    )
+
+
+def _max_positions(config: Any) -> int | None:
+    for name in ("max_position_embeddings", "n_positions", "seq_length"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return None
+
+
+@contextmanager
+def _gather_before_head(head: nn.Module, select: Tensor | None) -> Iterator[None]:
+    if select is None:
+        yield
+        return
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, select)[None], *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from sorted(model.named_parameters())
+    yield from sorted(model.named_buffers())
+
+
+def compute_fingerprint(base: FrozenModel) -> Fingerprint:
+    """Compute the identity of a base from its shapes, a fixed sample of its weights, tokenizer and chat template."""
+    shapes, weights = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in sorted(base.model.named_parameters()):
+        kind = "float" if tensor.is_floating_point() else str(tensor.dtype)
+        shapes.update(f"{name}:{list(tensor.shape)}:{kind};".encode())
+        weights.update(_sampled_bytes(tensor))
+    quantisation = getattr(base.model.config, "quantization_config", None)
+    method = getattr(quantisation, "quant_method", None) or (quantisation or {}).get("quant_method", "unknown")
+    return Fingerprint(
+        model_type=base.spec.model_type,
+        shapes_sha256=shapes.hexdigest(),
+        quantisation=str(getattr(method, "value", method)) if quantisation else "none",
+        weights_sha256=weights.hexdigest(),
+        tokenizer_sha256=tokenizer_sha256(base.tokenizer),
+        chat_template_sha256=chat_template_sha256(base.tokenizer),
+    )
+
+
+def _sampled_bytes(tensor: Tensor) -> bytes:
+    """Return up to SAMPLES_PER_TENSOR evenly spread elements as bytes; floats rounded to bfloat16."""
+    flat = tensor.detach().reshape(-1)
+    count = min(SAMPLES_PER_TENSOR, flat.numel())
+    index = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)
+    sample = flat[index]
+    if sample.is_floating_point():
+        return sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+    return sample.cpu().numpy().tobytes()
+
+
+def _bits_checksum(tensor: Tensor) -> bytes:
+    """Return 16 bytes from all bits of a tensor: a sum and a position-weighted sum of its words, modulo 2^64."""
+    data = tensor.detach().contiguous()
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
+    total, weighted = 0, 0
+    for start, chunk in enumerate(torch.split(data.reshape(-1).view(words), 1 << 24)):
+        numbers = chunk.to(torch.int64)
+        places = torch.arange(1, numbers.numel() + 1, device=numbers.device)
+        total += int(numbers.sum())
+        weighted += int((numbers * (places * 2 + 1)).sum()) * (2 * start + 1)
+    return (total % 2**64).to_bytes(8, "little") + (weighted % 2**64).to_bytes(8, "little")
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Return a hash of the vocabulary, special tokens and of how probe texts are cut; empty without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    probes = ["Hello, world", "  two  spaces\n\nlines", "naïve café 12,345.67", "<b>x=1;</b>\t日本"]
+    digest = hashlib.sha256()
+    digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(repr(sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())).encode())
+    for probe in probes:
+        digest.update(repr(tokenizer(probe).input_ids).encode())
+    return digest.hexdigest()
+
+
+def chat_template_sha256(tokenizer: Any) -> str:
+    """Return a hash of the chat template; empty where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(str(template).encode()).hexdigest() if template else ""

@@ -1,0 +1,1 @@
+"""A small base model and four tasks that travel with the package."""

@@ -1,0 +1,1 @@
+"""Judging: metrics, label scoring, baselines and paired comparisons."""
