@@ -1,0 +1,104 @@
+"""A run, one task with its settings, and what comes out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from foreword.config import TrainConfig, load_task
+from foreword.core.template import TaskTemplate
+from foreword.errors import ForewordError
+from foreword.eval.tasks import Task
+
+Status = Literal["running", "done", "early_stopped", "diverged"]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodDefaults:
+    """What a method trains with where the user sets nothing; measured, see docs/training.md."""
+
+    lr: float
+    """Peak learning rate, relative to the vectors' root mean square (train/tuners.py)."""
+    init: str
+
+
+DEFAULTS: Mapping[str, MethodDefaults] = {
+    "prompt": MethodDefaults(lr=0.3, init="text"),
+    "prefix": MethodDefaults(lr=0.1, init="text"),
+    "kv": MethodDefaults(lr=0.1, init="text"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One task's data, tuner and optimizer settings; `fit` takes one or many."""
+
+    task: Task
+    config: TrainConfig
+    name: str
+    """Name of the run's files, unique within a `fit`."""
+
+    @classmethod
+    def from_toml(cls, path: str | Path, *, name: str | None = None, **train: Any) -> Run:
+        """Read a task file; keywords such as `method="kv"` stand above its `[train]` table.
+
+        Raises ConfigError as `load_task` does.
+        """
+        overrides = [f"train.{key}={json.dumps(value)}" for key, value in train.items()]
+        task, config = load_task(path, overrides)
+        return cls(Task(task), config, name or f"{task.name}-{config.method}")
+
+    @property
+    def template(self) -> TaskTemplate:
+        """The task's template, with the run's own number of vectors where it sets one."""
+        template, num = self.task.template, self.config.num_vectors
+        return template if num is None else template.resized(num)
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate: the run's own or the method's default."""
+        return self.config.lr if self.config.lr is not None else DEFAULTS[self.config.method].lr
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        return self.config.eval_every or max(1, -(-self.config.steps // 4))
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every setting, defaults filled in, JSON-ready: what is kept with the run and in the artefact."""
+        config = dataclasses.replace(
+            self.config,
+            lr=self.lr,
+            init=self.config.init or DEFAULTS[self.config.method].init,
+            eval_every=self.eval_every,
+        )
+        return {"task": self.task.config.to_json(), "train": config.to_json(), "template": self.template.to_json()}
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What became of a run. Filled by `fit`; `artefact` is set unless there is no good state to keep."""
+
+    name: str
+    status: Status
+    artefact: Path | None = None
+    best: dict[str, Any] = field(default_factory=dict)
+    """step, and by which measure the kept vectors were best."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One dict a step: step, loss, lr, grad_norm, tokens; at evaluations dev_loss and dev_metric too."""
+    error: ForewordError | None = None
+    """Why a diverged run stopped."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict without the history."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "artefact": str(self.artefact) if self.artefact else None,
+            "best": self.best,
+            "error": self.error.message if self.error else None,
+        }

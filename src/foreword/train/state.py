@@ -1,0 +1,229 @@
+"""The moving parts of one run: tuner, optimizer, data order, history, best-so-far; one step of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foreword.core.artefact import load_artefact
+from foreword.core.init import from_vectors, initial_vectors
+from foreword.core.model import FrozenModel
+from foreword.core.prompt import KVPrefix, SoftKV, SoftPrefix, SoftPrompt, Vectors
+from foreword.errors import ConfigError, DataError, IncompatibleModel, TrainingDiverged
+from foreword.eval.tasks import sample_rows
+from foreword.train.data import BatchOrder, Example, encode_rows
+from foreword.train.loss import Batch
+from foreword.train.run import DEFAULTS, Run, Status
+from foreword.train.tuners import Tuner
+
+GENERIC_TEXT = "Read the text and answer with what is asked for, and with nothing else."
+
+
+class RunState:
+    """One run while it trains. `step` counts finished optimizer steps."""
+
+    def __init__(self, base: FrozenModel, run: Run) -> None:
+        config, task = run.config, run.task
+        self.run = run
+        self.template = run.template
+        self.block = self.template.block(base.tokenizer)
+        self._check_slots(base)
+        rows = sample_rows(task.rows("train"), config.max_train_rows, config.seed)
+        self.train = encode_rows(base, task, self.template, rows)
+        self.dev = self._dev_examples(base)
+        self.parent: str | None = None
+        self.tuner = Tuner(self._initial(base), self.block, config.encoder, config.seed).to(base.device)
+        self.optimizer = _optimizer(self.tuner, run)
+        self.order = BatchOrder([len(row.ids) for row in self.train], config.batch_size, config.seed)
+        self.step = 0
+        self.status: Status = "running"
+        self.error: TrainingDiverged | None = None
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.best_tensors: dict[str, Tensor] = {}
+        self.good_tensors = self.snapshot()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the run has steps to go."""
+        return self.status == "running"
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return the vectors as they are now, float32 on the CPU, encoder folded away."""
+        with torch.no_grad():
+            tensors = self.tuner.vectors().tensors()
+        return {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}
+
+    def batch(self, part: int) -> Batch:
+        """Return the rows of the step to come; `part` counts the accumulated forward passes."""
+        index = self.step * self.run.config.accumulate + part
+        return Batch(self.tuner, [self.train[row] for row in self.order.batch(index)])
+
+    def step_batch(self) -> Batch:
+        """Return all rows of the step to come, those of accumulated passes together."""
+        parts = [self.batch(part) for part in range(self.run.config.accumulate)]
+        return Batch(self.tuner, [row for part in parts for row in part.rows])
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        config = self.run.config
+        warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        done = step / config.steps
+        shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        return self.run.lr * warm * shape[config.schedule]
+
+    def update(self, loss: float, num_tokens: int) -> None:
+        """Take an optimizer step with the gradients at hand; a loss or gradient that is not finite ends the run."""
+        parameters = [parameter for parameter in self.tuner.parameters() if parameter.grad is not None]
+        norms = torch.stack([parameter.grad.norm() for parameter in parameters if parameter.grad is not None])
+        norm, rate = float(norms.norm()), self.lr_at(self.step)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._diverge(loss, rate)
+            return
+        self.good_tensors = self.snapshot()
+        clip = self.run.config.clip
+        if clip and norm > clip:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.mul_(clip / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.history.append({"step": self.step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": num_tokens})
+
+    def note(self, measures: dict[str, float]) -> None:
+        """Take up an evaluation: add it to the history, keep the vectors if they are the best, stop if none came."""
+        self.history[-1].update(measures)
+        config = self.run.config
+        by = "dev_metric" if config.best_by == "metric" else "dev_loss"
+        value = measures.get(by)
+        if value is None or not math.isfinite(value):
+            return
+        better = not self.best or (value > self.best["value"] if by == "dev_metric" else value < self.best["value"])
+        if better:
+            self.best = {"step": self.step, "by": by, "value": value, "waited": 0}
+            self.best_tensors = self.snapshot()
+        else:
+            self.best["waited"] += 1
+            if config.patience is not None and self.best["waited"] >= config.patience and self.is_running:
+                self.status = "early_stopped"
+
+    def finish(self) -> None:
+        """Settle which vectors are kept: the best on dev, else the last good ones."""
+        if self.status == "running":
+            self.status = "done"
+        if not self.best_tensors:
+            self.best = {"step": self.step, "by": "last", "value": None}
+            self.best_tensors = self.good_tensors if self.status == "diverged" else self.snapshot()
+
+    def dev_metric(self, base: FrozenModel, prefix: KVPrefix) -> float:
+        """Return the task's metric on the dev sample, by generation through the embedded engine."""
+        from foreword.engine.engine import Engine
+        from foreword.eval.run import evaluate
+
+        engine = Engine(base)
+        prefix = dataclasses.replace(prefix, template=self.template, max_new_tokens=self.run.task.config.max_new_tokens)
+        engine.add_prefix(self.run.name, prefix)
+        limit = self.run.config.eval_rows
+        return evaluate(engine, self.run.task, prefix=self.run.name, split="dev", limit=limit).score
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain part of the state; `from_json` puts it back."""
+        error = {"message": self.error.message, "hint": self.error.hint} if self.error else None
+        plain = {"step": self.step, "status": self.status, "history": self.history, "best": self.best}
+        return {**plain, "parent": self.parent, "error": error}
+
+    def from_json(self, data: dict[str, Any]) -> None:
+        """Take up what `to_json` returned."""
+        self.step, self.status, self.history, self.best = (data[key] for key in ("step", "status", "history", "best"))
+        self.parent, error = data["parent"], data["error"]
+        self.error = TrainingDiverged(error["message"], hint=error["hint"]) if error else None
+
+    def _diverge(self, loss: float, rate: float) -> None:
+        self.status = "diverged"
+        kept = self.best.get("step", max(self.step - 1, 0))
+        self.error = TrainingDiverged(
+            f"run {self.run.name}: loss {loss} at step {self.step + 1} with learning rate {rate:.3g}; "
+            f"the vectors of step {kept} are kept",
+            hint='Lower train.lr, or train with train.encoder = "residual".',
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _check_slots(self, base: FrozenModel) -> None:
+        template, method = self.template, self.run.config.method
+        if template.num_left + template.num_after == 0:
+            raise ConfigError(
+                f"template {template.text!r} has no soft slot", hint="Add one, such as {soft:20}, or set num_vectors."
+            )
+        if method != "prompt" and template.num_after:
+            raise ConfigError(
+                f"template {template.text!r} has soft slots behind the input, which method {method!r} cannot fill",
+                hint='Move them in front of {input}, or use method = "prompt".',
+            )
+        base.check_holds(self.block.num_positions)
+
+    def _dev_examples(self, base: FrozenModel) -> list[Example]:
+        task, config = self.run.task, self.run.config
+        if task.config.dev is None:
+            if config.best_by == "metric" or config.patience is not None:
+                raise ConfigError('best_by = "metric" and patience need task.dev', hint="Give a dev file.")
+            return []
+        return encode_rows(base, task, self.template, sample_rows(task.rows("dev"), config.eval_rows, seed=0))
+
+    def _initial(self, base: FrozenModel) -> Vectors:
+        config, task = self.run.config, self.run.task
+        spec = config.init or DEFAULTS[config.method].init
+        if spec.startswith("from:"):
+            return self._from_version(spec.removeprefix("from:"))
+        if spec == "text":
+            spec = f"text:{task.config.hard_text or GENERIC_TEXT}"
+        labels = task.labels() or ()
+        if spec == "labels" and not labels:
+            raise DataError(f"task {task.config.name} has no closed set of labels", hint='Use init = "text".')
+        return initial_vectors(
+            base, config.method, self.block, spec, labels=labels, seed=config.seed, after=self.template.num_after
+        )
+
+    def _from_version(self, reference: str) -> Vectors:
+        from pathlib import Path
+
+        from foreword.registry.store import Registry
+
+        path = Path(reference)
+        if not path.is_file():
+            registry = Registry.open()
+            path = registry.path(registry.resolve(reference))
+        artefact = load_artefact(path)
+        if artefact.header.method != self.run.config.method:
+            raise IncompatibleModel(
+                f"{reference} holds vectors of method {artefact.header.method!r}, the run trains "
+                f"{self.run.config.method!r}",
+                hint="Start from a version of the same method.",
+            )
+        self.parent = artefact.sha256
+        return from_vectors(artefact.vectors, self.block)
+
+
+def _optimizer(tuner: Tuner, run: Run) -> torch.optim.Optimizer:
+    parameters, decay = list(tuner.parameters()), run.config.weight_decay
+    if run.config.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=run.lr, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=run.lr, weight_decay=decay)
+
+
+def rebuild(state: RunState, tensors: dict[str, Tensor]) -> Vectors:
+    """Return vectors of the run's kind from exported tensors."""
+    if "prompt" in tensors:
+        rows, num = tensors["prompt"], state.block.num_soft
+        return SoftPrompt(rows[:num], state.block, rows[num:] if state.template.num_after else None)
+    if "prefix" in tensors:
+        return SoftPrefix(tensors["prefix"], state.block)
+    count = len(tensors) // 2
+    keys = tuple(tensors[f"key.{layer}"] for layer in range(count))
+    return SoftKV(keys, tuple(tensors[f"value.{layer}"] for layer in range(count)), state.block)
