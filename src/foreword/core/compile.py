@@ -7,6 +7,7 @@ they leave, and a hidden-state prefix has its outputs dropped by definition.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from foreword.core.artefact import Artefact
 from foreword.core.block import Block
-from foreword.core.model import FrozenModel
+from foreword.core.model import FrozenModel, put_rows
 from foreword.core.prompt import KVPrefix, SoftKV, SoftPrefix, SoftPrompt, Vectors, tensors_digest
 from foreword.core.template import TaskTemplate
 from foreword.errors import IncompatibleModel
@@ -86,22 +87,52 @@ def check_shapes(base: FrozenModel, vectors: Vectors, block: Block) -> None:
 
 def compute_block(base: FrozenModel, vectors: Vectors, block: Block) -> LayerKV:
     """Return every layer's keys and values [1, Hkv, N, Dh] for the block; gradients flow into the vectors."""
-    if isinstance(vectors, SoftKV):
-        return _block_with_kv(base, vectors, block)
+    return compute_blocks(base, [(vectors, block)])[0]
+
+
+def compute_blocks(base: FrozenModel, items: Sequence[tuple[Vectors, Block]]) -> list[LayerKV]:
+    """Return each item's keys and values as `compute_block` does; those of one method share a forward.
+
+    Shorter blocks are padded at the right, where causal attention cannot see it.
+    """
+    results: dict[int, LayerKV] = {}
+    for kind in (SoftPrompt, SoftPrefix):
+        chosen = [index for index, (vectors, _) in enumerate(items) if isinstance(vectors, kind)]
+        if chosen:
+            found = _blocks_by_forward(base, [items[index] for index in chosen])
+            results.update(zip(chosen, found, strict=True))
+    for index, (vectors, block) in enumerate(items):
+        if isinstance(vectors, SoftKV):
+            results[index] = _block_with_kv(base, vectors, block)
+    return [results[index] for index in range(len(items))]
+
+
+def _blocks_by_forward(base: FrozenModel, items: Sequence[tuple[Vectors, Block]]) -> list[LayerKV]:
+    """Run blocks of soft prompts, or of soft prefixes, as one batch."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
-    index = torch.tensor(block.soft_positions(), device=base.device)
-    embeds = base.embed(torch.tensor([block.literal_ids()], device=base.device))
-    positions = torch.arange(block.num_positions, device=base.device)[None]
-    mask = torch.ones_like(positions)
-    if isinstance(vectors, SoftPrompt):
-        embeds = embeds.index_copy(1, index, vectors.vectors.to(base.device, base.dtype)[None])
-        base.run_decoder(embeds, positions=positions, cache=cache, mask=mask)
+    cache, device = DynamicCache(), base.device
+    longest = max(block.num_positions for _, block in items)
+    ids = [[*block.literal_ids(), *[0] * (longest - block.num_positions)] for _, block in items]
+    index = torch.tensor(
+        [row * longest + place for row, (_, block) in enumerate(items) for place in block.soft_positions()],
+        device=device,
+    )
+    embeds = base.embed(torch.tensor(ids, device=device))
+    positions = torch.arange(longest, device=device).expand(len(items), -1)
+    prompts = [v.vectors.to(device, base.dtype) for v, _ in items if isinstance(v, SoftPrompt)]
+    prefixes = [v.vectors.to(device, base.dtype) for v, _ in items if isinstance(v, SoftPrefix)]
+    arguments: dict[str, Any] = {"positions": positions, "cache": cache, "mask": torch.ones_like(positions)}
+    if prompts:
+        base.run_decoder(put_rows(embeds, index, torch.cat(prompts)), **arguments)
     else:
-        with base.layer_inputs_replaced(index, list(vectors.vectors.to(base.device))):
-            base.run_decoder(embeds, positions=positions, cache=cache, mask=mask)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+        with base.layer_inputs_replaced(index, torch.cat(prefixes, dim=1).unbind()):
+            base.run_decoder(embeds, **arguments)
+    kept = [block.num_positions for _, block in items]
+    return [
+        [(layer.keys[row, None, :, :count], layer.values[row, None, :, :count]) for layer in cache.layers]
+        for row, count in enumerate(kept)
+    ]
 
 
 def _block_with_kv(base: FrozenModel, vectors: SoftKV, block: Block) -> LayerKV:
@@ -133,17 +164,17 @@ def uncompiled_logits(base: FrozenModel, ids: Tensor, vectors: SoftPrompt | Soft
     from transformers import DynamicCache
 
     block = vectors.block or Block((vectors.num_vectors,))
-    index = torch.tensor(block.soft_positions(), device=base.device)
-    left = torch.tensor([block.literal_ids()], device=base.device).expand(ids.shape[0], -1)
+    rows, count = ids.shape[0], block.num_positions + ids.shape[1]
+    soft = torch.tensor(block.soft_positions(), device=base.device)
+    index = (torch.arange(rows, device=base.device)[:, None] * count + soft).reshape(-1)
+    left = torch.tensor([block.literal_ids()], device=base.device).expand(rows, -1)
     embeds = base.embed(torch.cat([left, ids], dim=1))
-    count = embeds.shape[1]
-    positions = torch.arange(count, device=base.device).expand(ids.shape[0], -1)
+    positions = torch.arange(count, device=base.device).expand(rows, -1)
     arguments: dict[str, Any] = {"positions": positions, "cache": DynamicCache(), "mask": torch.ones_like(positions)}
     if isinstance(vectors, SoftPrompt):
-        rows = vectors.vectors.to(base.device, base.dtype).expand(ids.shape[0], -1, -1)
-        logits = base.run(embeds=embeds.index_copy(1, index, rows), **arguments)
+        logits = base.run(embeds=put_rows(embeds, index, vectors.vectors.to(base.dtype).repeat(rows, 1)), **arguments)
     else:
-        with base.layer_inputs_replaced(index, list(vectors.vectors.to(base.device))):
+        with base.layer_inputs_replaced(index, vectors.vectors.to(base.dtype).repeat(1, rows, 1).unbind()):
             logits = base.run(embeds=embeds, **arguments)
     return logits[:, block.num_positions :]
 

@@ -7,14 +7,13 @@ plain two-dimensional mask serves sliding windows and ALiBi as well as full atte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foreword.core.model import FrozenModel
+from foreword.core.model import FrozenModel, put_rows
 from foreword.core.prompt import KVPrefix
 
 
@@ -22,31 +21,33 @@ def batch_cache(base: FrozenModel, prefixes: Sequence[KVPrefix | None]) -> tuple
     """Return a cache holding each row's prefix, right-aligned, and its mask [B, Nmax] (1 at prefix positions)."""
     from transformers import DynamicCache
 
-    groups = [(prefix, len(list(rows))) for prefix, rows in groupby(prefixes, key=lambda prefix: prefix)]
-    widths = [prefix.num_positions if prefix is not None else 0 for prefix, _ in groups]
-    longest = max(widths, default=0)
+    unique: dict[int, KVPrefix | None] = {id(prefix): prefix for prefix in prefixes}
+    places = {key: place for place, key in enumerate(unique)}
+    rows = torch.tensor([places[id(prefix)] for prefix in prefixes], device=base.device)
+    widths = torch.tensor([p.num_positions if p is not None else 0 for p in unique.values()], device=base.device)
+    longest = int(widths.max())
+    mask = torch.arange(longest, device=base.device) >= longest - widths[rows, None]
     cache = DynamicCache()
-    places = torch.arange(longest, device=base.device)
-    mask = torch.cat(
-        [(places >= longest - width).expand(count, -1) for width, (_, count) in zip(widths, groups, strict=True)]
-    )
-    if longest:
-        for index, layer in enumerate(base.spec.layers):
-            shapes = (layer.num_kv_heads, longest, layer.head_dim), (layer.num_kv_heads, longest, layer.value_dim)
-            parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-            for prefix, count in groups:
-                for part, rows, shape in zip(parts, _layer(prefix, index), shapes, strict=True):
-                    if rows is None:
-                        part.append(torch.zeros(count, *shape, dtype=base.dtype, device=base.device))
-                    else:
-                        padded = F.pad(rows, (0, 0, longest - rows.shape[1], 0))
-                        part.append(padded.expand(count, -1, -1, -1))
-            cache.update(torch.cat(parts[0]), torch.cat(parts[1]), index)
+    for index, layer in enumerate(base.spec.layers if longest else ()):
+        keys, values = [], []
+        for prefix in unique.values():
+            if prefix is None:
+                shape = layer.num_kv_heads, longest
+                keys.append(torch.zeros(*shape, layer.head_dim, dtype=base.dtype, device=base.device))
+                values.append(torch.zeros(*shape, layer.value_dim, dtype=base.dtype, device=base.device))
+            else:
+                pad = (0, 0, longest - prefix.num_positions, 0)
+                keys.append(F.pad(prefix.keys[index], pad))
+                values.append(F.pad(prefix.values[index], pad))
+        cache.update(_spread(keys, rows), _spread(values, rows), index)
     return cache, mask.long()
 
 
-def _layer(prefix: KVPrefix | None, index: int) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if prefix is None else (prefix.keys[index], prefix.values[index])
+def _spread(tensors: list[Tensor], rows: Tensor) -> Tensor:
+    """Return [B, ...] with `tensors[rows[b]]` at b."""
+    if len(tensors) == 1:
+        return tensors[0].expand(len(rows), *tensors[0].shape)
+    return torch.stack(tensors).index_select(0, rows)
 
 
 def forward_rows(
@@ -73,11 +74,8 @@ def forward_rows(
     positions = starts + torch.minimum(places[None], lengths[:, None] - 1)
     inputs: dict[str, Tensor] = {"ids": ids}
     if splices:
-        embeds = base.embed(ids)
-        flat = embeds.reshape(-1, embeds.shape[-1])
         index = torch.cat([row * longest + offset + torch.arange(len(v), device=device) for row, offset, v in splices])
-        values = torch.cat([vectors for _, _, vectors in splices]).to(embeds.dtype)
-        inputs = {"embeds": flat.index_copy(0, index, values).view_as(embeds)}
+        inputs = {"embeds": put_rows(base.embed(ids), index, torch.cat([vectors for _, _, vectors in splices]))}
     return base.run(**inputs, positions=positions, cache=cache, mask=mask, select=select)
 
 

@@ -111,12 +111,12 @@ class FrozenModel:
 
     @contextmanager
     def layer_inputs_replaced(self, index: Tensor, rows: Sequence[Tensor]) -> Iterator[None]:
-        """While active, layer l reads `rows[l]` [P, D] at the sequence positions `index` [P] of every batch row."""
+        """While active, layer l reads `rows[l]` [K, D] at `index` [K], flat indices into its input's B·T positions."""
 
         def hook_for(row: Tensor) -> Any:
             def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                new = hidden.index_copy(1, index, row.to(hidden.dtype).expand(hidden.shape[0], -1, -1))
+                new = put_rows(hidden, index, row)
                 return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
 
             return replace
@@ -167,7 +167,9 @@ def load_base(
     """Load a base and freeze it.
 
     `base` is a folder, a hub id or a transformers causal language model (kept where and as it is). `dtype` "auto" is
-    the checkpoint's own. Raises ConfigError when nothing can be loaded from `base`, IncompatibleModel when a layer has
+    the checkpoint's own. `attention` is transformers' attn_implementation; None is its default, but "eager" for
+    bfloat16 on a CPU, where the backward pass of its fused attention takes twice as long (bench/training.py).
+    Raises ConfigError when nothing can be loaded from `base`, IncompatibleModel when a layer has
     no plain keys and values (state-space layers, MLA latents).
     """
     if isinstance(base, FrozenModel):
@@ -183,6 +185,8 @@ def load_base(
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device {device!r} asked for, but no CUDA device is available", hint="Use device=cpu.")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES.get(dtype, "auto"), **options).to(device)
+        if attention is None and device == "cpu" and model.dtype == torch.bfloat16:
+            model.set_attn_implementation("eager")
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         kind = "folder" if Path(str(base)).exists() else "folder or hub id"
@@ -191,6 +195,11 @@ def load_base(
             hint="Give a folder with config.json, weights and tokenizer files, or a Hugging Face model id.",
         ) from error
     return FrozenModel(model, tokenizer)
+
+
+def put_rows(hidden: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Return `hidden` [B, T, D] with `rows` [K, D] in place of the positions `index` [K] of its B·T."""
+    return hidden.flatten(0, 1).index_copy(0, index, rows.to(hidden.dtype)).view_as(hidden)
 
 
 def _decoder_layers(model: Any) -> list[nn.Module]:
@@ -206,7 +215,7 @@ def _decoder_layers(model: Any) -> list[nn.Module]:
     return list(max(lists, key=_num_parameters))
 
 
-def _num_parameters(module: nn.Module) -> int:
+def _num_parameters(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 

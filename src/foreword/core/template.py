@@ -134,7 +134,7 @@ class TaskTemplate:
         template = _mark(self.text)
         if not self.chat:
             text = _unbrace(template).replace(MARK_LEFT + MARK_RIGHT, str(messages[0]["content"]))
-            return text.removeprefix(tokenizer.bos_token or MARK_LEFT)
+            return _without_bos(tokenizer, text)
         lead = re.match(f"(?:{MARK_LEFT}\\d+{MARK_RIGHT})*", template)
         leading = lead.group() if lead else ""
         turns = [dict(message) for message in messages]
@@ -215,13 +215,13 @@ def render_chat(tokenizer: Any, messages: Sequence[Message]) -> str:
     except jinja2.TemplateError as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise BadRequest(f"the base's chat template refuses the roles {roles}: {error}") from error
-    return text.removeprefix(tokenizer.bos_token or MARK_LEFT)
+    return _without_bos(tokenizer, text)
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
     """Return token ids of a plain text for the base itself, with exactly one BOS where the base uses one."""
     bos = [tokenizer.bos_token_id] if uses_bos(tokenizer) else []
-    return bos + _tokenize(tokenizer, text.removeprefix(tokenizer.bos_token or MARK_LEFT))
+    return bos + _tokenize(tokenizer, _without_bos(tokenizer, text))
 
 
 def encode_target(tokenizer: Any, target: str, stop_ids: frozenset[int]) -> list[int]:
@@ -256,6 +256,10 @@ def uses_bos(tokenizer: Any) -> bool:
 
 def _tokenize(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+
+def _without_bos(tokenizer: Any, text: str) -> str:
+    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
 
 
 def _count(text: str) -> int:

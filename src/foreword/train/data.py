@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from foreword.core.model import FrozenModel
     from foreword.eval.tasks import Row, Task
 
-BUCKET_BATCHES = 8
+BUCKET_BATCHES = 32
 """Batches whose rows are sorted by length together: little padding, and still a shuffled order."""
 
 
@@ -36,7 +36,7 @@ def encode_rows(base: FrozenModel, task: Task, template: TaskTemplate, rows: Seq
     `max_new_tokens`.
     """
     tokenizer, longest_answer = base.tokenizer, task.config.max_new_tokens
-    limit = task.input_limit(tokenizer, base.spec.max_positions)
+    limit = task.input_limit(tokenizer, base.spec.max_positions, template)
     examples = []
     for row in rows:
         target = encode_target(tokenizer, row.target, base.stop_ids)
