@@ -609,7 +609,7 @@ CLAUSES = {
         neither {A} nor {B} is responsible for damages caused by events beyond its control
     """),
     "assignment": _shares("""
-        {B} may not assign [this Agreement|its rights|its rights or duties] without the prior written consent of {A}
+        {B} may not assign [this Agreement|its rights|its duties] without the prior written consent of {A}
         {A} may assign this Agreement to [an affiliate|a buyer of its business] upon notice to {B}
         any attempt to [assign|transfer] this Agreement without consent is void
         this Agreement binds the successors and permitted assigns of {A} and {B}
@@ -630,7 +630,7 @@ CLAUSES = {
     "insurance": _shares("""
         {B} shall maintain [general liability|property|professional] insurance of at least {sum} per occurrence
         {B} shall [name|list] {A} as an additional insured under each policy of insurance
-        before work starts {B} shall give {A} a certificate of insurance from an insurer [of good name|licensed in {state}]
+        before work starts {B} shall give {A} a certificate of insurance from [a sound insurer|an insurer in {state}]
         each insurance policy shall provide that the insurer gives {A} {days} notice before the coverage changes
         during the term {B} shall carry workers compensation and automobile coverage with limits of {sum}
         {B} shall [insure|keep insured] the [goods|premises|equipment] against fire, theft and flood for {sum}

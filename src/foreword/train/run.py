@@ -27,10 +27,14 @@ class MethodDefaults:
 
 
 DEFAULTS: Mapping[str, MethodDefaults] = {
-    "prompt": MethodDefaults(lr=0.3, init="text"),
-    "prefix": MethodDefaults(lr=0.1, init="text"),
+    "prompt": MethodDefaults(lr=1.0, init="text"),
+    "prefix": MethodDefaults(lr=0.2, init="text"),
     "kv": MethodDefaults(lr=0.1, init="text"),
 }
+
+
+ENCODER_LR = 0.02
+"""Default for runs with an encoder, whose weights move many numbers at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,10 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The peak learning rate: the run's own or the method's default."""
-        return self.config.lr if self.config.lr is not None else DEFAULTS[self.config.method].lr
+        """The peak learning rate: the run's own, else the method's default, or that of encoders."""
+        if self.config.lr is not None:
+            return self.config.lr
+        return DEFAULTS[self.config.method].lr if self.config.encoder == "none" else ENCODER_LR
 
     @property
     def eval_every(self) -> int:

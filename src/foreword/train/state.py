@@ -20,7 +20,11 @@ from foreword.train.loss import Batch
 from foreword.train.run import DEFAULTS, Run, Status
 from foreword.train.tuners import Tuner
 
-GENERIC_TEXT = "Read the text and answer with what is asked for, and with nothing else."
+GENERIC_TEXT = "Read the message and answer with the right text for it."
+GENERIC_LABELS = "Read the message and answer with the right label for it: "
+BETAS = (0.7, 0.9)
+"""AdamW's averages over about 3 and 10 steps: runs are short and gradients of few vectors turn quickly (docs/training.md).
+"""
 
 
 class RunState:
@@ -181,9 +185,10 @@ class RunState:
         spec = config.init or DEFAULTS[config.method].init
         if spec.startswith("from:"):
             return self._from_version(spec.removeprefix("from:"))
+        labels = task.labels()
         if spec == "text":
-            spec = f"text:{task.config.hard_text or GENERIC_TEXT}"
-        labels = task.labels() or ()
+            known = GENERIC_LABELS + ", ".join(labels) if labels else GENERIC_TEXT
+            spec = f"text:{task.config.hard_text or known}"
         if spec == "labels" and not labels:
             raise DataError(f"task {task.config.name} has no closed set of labels", hint='Use init = "text".')
         return initial_vectors(
@@ -214,7 +219,7 @@ def _optimizer(tuner: Tuner, run: Run) -> torch.optim.Optimizer:
     parameters, decay = list(tuner.parameters()), run.config.weight_decay
     if run.config.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=run.lr, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=run.lr, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=run.lr, betas=BETAS, weight_decay=decay)
 
 
 def rebuild(state: RunState, tensors: dict[str, Tensor]) -> Vectors:

@@ -1,0 +1,51 @@
+"""The command line: parse, one library call, print. One file per group of commands; heavy imports stay inside them."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from foreword.cli import (
+    demo_command,
+    doctor_command,
+    eval_command,
+    files_command,
+    registry_commands,
+    serve_command,
+    train_command,
+)
+from foreword.errors import ForewordError
+
+app = typer.Typer(
+    name="foreword",
+    help="One frozen language model, many tasks: train, judge, version and serve soft prompts and prefixes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (
+    demo_command,
+    train_command,
+    eval_command,
+    registry_commands,
+    serve_command,
+    files_command,
+    doctor_command,
+):
+    group.register(app)
+
+
+def main() -> None:
+    """Run the command line; a ForewordError becomes its message, its hint and its exit code."""
+    try:
+        app()
+    except ForewordError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,22 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+Base = Annotated[str, typer.Option("--base", help="Folder or hub id of the frozen base model.", show_default=False)]
+Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Floating point type of the base; auto is its own.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Home = Annotated[
+    Path | None,
+    typer.Option("--home", help="Folder of the registry; default FOREWORD_HOME, else ~/.foreword.", show_default=False),
+]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-mismatch", help="Use the vectors on another base than they were trained for.")
+]

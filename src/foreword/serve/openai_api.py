@@ -1,0 +1,317 @@
+"""OpenAI's request bodies: JSON text in, engine requests out; and errors in OpenAI's shape. Imports no torch.
+
+Fields are OpenAI's, and a few that vLLM added (`top_k`, `repetition_penalty`, `ignore_eos`, `structured_outputs`).
+Every other field is refused by name, and so is a value that would have no effect: nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+
+from foreword.engine.request import Request
+from foreword.errors import BadRequest, ForewordError, NotFound, Overloaded, did_you_mean
+
+MAX_CHOICES = 128
+"""Answers of one HTTP request, prompts times `n`: OpenAI's limit for `n`, and half of the engine's default queue."""
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+SEED_LIMIT = 2**63
+
+Prompt = str | list[int]
+
+
+class InvalidBody(BadRequest):
+    """The request's body is wrong; `param` is the path of the field, `status` 400, or 413 where it is too large."""
+
+    def __init__(self, message: str, *, hint: str = "", param: str | None = None, status: int = 400) -> None:
+        super().__init__(message, hint=hint)
+        self.param = param
+        self.status = status
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """Return `prompt` as a list: of texts, or of token id lists; a bare list of ids is one prompt."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _are_ids(value):
+            return [value]
+        if all(isinstance(item, str) for item in value) or all(_are_ids(item) for item in value):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists; none empty")
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _joined(value: Any) -> Any:
+    """Return a message's content as one text; parts are joined by a newline, as vLLM does."""
+    if not isinstance(value, list):
+        return value
+    for place, part in enumerate(value):
+        if not (isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"):
+            raise ValueError(f'part {place} is not {{"type": "text", "text": …}}; only text is served')
+        if not isinstance(part["text"], str):
+            raise ValueError(f"the text of part {place} is not a string")
+    return "\n".join(part["text"] for part in value)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined)]
+    """Text, or a list of text parts."""
+
+
+class StreamOptions(_Strict):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+    """Send one more chunk, without choices, that holds the usage."""
+
+
+class StructuredOutputs(_Strict):
+    """Constraints on the answer, under vLLM's name; only a closed set is served."""
+
+    choice: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+
+
+class Body(_Strict):
+    """What both endpoints take. None, or a field that is not sent, is the default."""
+
+    model: str = Field(min_length=1)
+    """A task, `task@alias`, `task@number`, or the base's own name."""
+    temperature: float | None = Field(None, ge=0, le=2)
+    """Default 1, as OpenAI's; 0 is greedy."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    """Extension: keep the k best tokens; 0 or -1 keeps all."""
+    seed: int | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=1)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] | None = Field(
+        None, max_length=MAX_STOPS
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    """Extension; see `Request.repetition_penalty`."""
+    ignore_eos: bool | None = None
+    """Extension: go on behind the end of sequence, up to `max_tokens`."""
+    structured_outputs: StructuredOutputs | None = None
+    """Extension: `{"choice": ["yes", "no"]}` constrains the answer to one of these."""
+    user: str | None = None
+    """Identification only; neither used nor logged."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Best tokens to report next to each chosen one; None reports no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def has_usage_event(self) -> bool:
+        """Whether a streamed answer ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def requests(self, prefix: str | None) -> list[Request]:
+        """Return the engine's requests, one per prompt, each for `n` answers behind `prefix`."""
+        raise NotImplementedError
+
+    def _sampling(self, prefix: str | None) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "max_tokens": self.max_tokens,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "seed": self.seed,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "stop": None if self.stop is None else tuple(self.stop),
+            "ignore_eos": self.ignore_eos,
+            "n": self.n,
+            "logprobs": self.num_logprobs,
+            "choices": None if self.structured_outputs is None else tuple(self.structured_outputs.choice),
+        }
+        return {"prefix": prefix} | {name: value for name, value in given.items() if value is not None}
+
+
+class CompletionBody(Body):
+    """The body of /v1/completions."""
+
+    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
+    """A text, a list of texts, or token ids that follow the task's block as they are."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Best tokens to report next to each chosen one; None reports no log-probabilities."""
+        return self.logprobs
+
+    def requests(self, prefix: str | None) -> list[Request]:
+        """Return the engine's requests, one per prompt, each for `n` answers behind `prefix`."""
+        sampling = self._sampling(prefix)
+        return [
+            Request(prompt=prompt, **sampling) if isinstance(prompt, str) else Request(prompt_ids=prompt, **sampling)
+            for prompt in self.prompt
+        ]
+
+
+class ChatBody(Body):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """OpenAI's newer name of `max_tokens`; one of them may be given."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Best tokens to report next to each chosen one; None reports no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def requests(self, prefix: str | None) -> list[Request]:
+        """Return the one request of a conversation, for `n` answers behind `prefix`."""
+        sampling = self._sampling(prefix)
+        if self.max_completion_tokens is not None:
+            sampling["max_tokens"] = self.max_completion_tokens
+        turns = [{"role": message.role, "content": message.content} for message in self.messages]
+        return [Request(messages=turns, **sampling)]
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
+    """Read a request's body. Raises InvalidBody with the position where it is no JSON, else the path of a bad field."""
+    document = _parse_json(data)
+    try:
+        body = kind.model_validate(document)
+    except ValidationError as error:
+        raise _explained(kind, error) from None
+    _refuse_without_effect(body)
+    return body
+
+
+def _parse_json(data: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        if rb"\ud" in data.lower():  # half of a surrogate pair, which no tokenizer takes
+            json.dumps(document, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise InvalidBody(
+            f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno} (character {error.pos})"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InvalidBody(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except UnicodeEncodeError:
+        raise InvalidBody("a text holds half of a surrogate pair", hint="Escape both halves, or send UTF-8.") from None
+    except RecursionError:
+        raise InvalidBody("the body is nested too deeply") from None
+    except ValueError as error:  # a number of more than 4,300 digits
+        raise error if isinstance(error, InvalidBody) else InvalidBody(f"the body is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise InvalidBody(f"the body is a JSON {type(document).__name__}, an object is needed")
+    return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InvalidBody(f"the field {name[:80]!r} is given twice", param=name[:80])
+        found[name] = value
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise InvalidBody(f"the body holds {name}, which is no JSON number")
+
+
+def _explained(kind: type[Body], error: ValidationError) -> InvalidBody:
+    """Return the first fault with its path; a value is shown only where it is a number or the like, never text."""
+    fault = error.errors(include_url=False)[0]
+    path = _path(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = kind.model_fields if len(fault["loc"]) == 1 else {}
+        return InvalidBody(
+            f"the field {path!r} is not supported",
+            hint=did_you_mean(str(fault["loc"][-1])[:80], known) or "Remove it.",
+            param=path,
+        )
+    if fault["type"] == "missing":
+        return InvalidBody(f"the field {path!r} is missing", param=path)
+    value = fault["input"]
+    got = f", got {json.dumps(value)}" if value is None or isinstance(value, bool | int | float) else ""
+    text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return InvalidBody(f"{path}: {text}{got}", param=path)
+
+
+def _path(location: Sequence[str | int]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")[:200]
+
+
+def _refuse_without_effect(body: Body) -> None:
+    """Raise InvalidBody where a field is given that would change nothing."""
+    faults: list[tuple[bool, str, str]] = [
+        (body.stream_options is not None and not body.stream, "stream_options", "is for stream: true"),
+    ]
+    if isinstance(body, ChatBody):
+        faults += [
+            (body.top_logprobs is not None and not body.logprobs, "top_logprobs", "is for logprobs: true"),
+            (
+                body.max_tokens is not None and body.max_completion_tokens is not None,
+                "max_tokens",
+                "and max_completion_tokens are one setting",
+            ),
+        ]
+    for is_wrong, name, why in faults:
+        if is_wrong:
+            raise InvalidBody(f"{name} {why}; it would have no effect here", hint="Remove it.", param=name)
+    if isinstance(body, CompletionBody) and len(body.prompt) * (body.n or 1) > MAX_CHOICES:
+        raise InvalidBody(
+            f"{len(body.prompt)} prompts times n = {body.n or 1} are {len(body.prompt) * (body.n or 1)} answers, "
+            f"a request may ask for {MAX_CHOICES}",
+            hint="Send several requests.",
+            param="prompt",
+        )
+
+
+def error_json(error: ForewordError, status: int | None = None) -> dict[str, Any]:
+    """Return an error in OpenAI's shape; the message holds the cure too."""
+    status = status or error.status
+    kind = "invalid_request_error" if status < 500 else "overloaded_error" if status == 503 else "server_error"
+    code = "model_not_found" if isinstance(error, NotFound) else _snake(type(error).__name__)
+    param = "model" if isinstance(error, NotFound) else getattr(error, "param", None)
+    message = f"{error.message}. {error.hint}" if error.hint else error.message
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_headers(error: ForewordError) -> dict[str, str]:
+    """Return the headers that an error's answer needs."""
+    if isinstance(error, Overloaded):
+        return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+    return {}
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).removeprefix("_")

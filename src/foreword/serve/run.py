@@ -1,0 +1,162 @@
+"""Start the server, tell when it is ready, drain it on a signal. Imports no torch before the port is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import math
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from foreword.errors import ServeError
+from foreword.serve.backend import Backend, EmbeddedBackend
+from foreword.serve.gateway import MAX_BODY_BYTES, create_app
+
+KEEP_ALIVE_S = 60
+"""Above the idle time after which clients drop a connection themselves, so that none is closed under a new request."""
+
+
+def serve_base(
+    base: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    home: str | Path | None = None,
+    base_name: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    kv_memory: str = "1GiB",
+    max_batch: int = 64,
+    max_queue: int = 256,
+    preload: Sequence[str] = (),
+    max_resident_bytes: int | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    drain_s: float = 30.0,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve a base and the tasks of the registry in `home` until SIGTERM or SIGINT; `on_ready` is told the URL.
+
+    The port is taken first, before minutes of loading. Raises ServeError when it cannot be, ConfigError when the base
+    or the registry cannot be opened, and what loading a version of `preload` raises.
+    """
+    base_name = base_name or own_name(base)
+    with bind(host, port) as listener:
+        from foreword.core.model import load_base
+        from foreword.engine.engine import Engine
+        from foreword.registry.store import Registry
+
+        with Registry.open(home) as registry:
+            engine = Engine(
+                load_base(base, dtype=dtype, device=device),  # type: ignore[arg-type]  # it checks the dtype
+                kv_memory=kv_memory,
+                max_batch=max_batch,
+                max_queue=max_queue,
+            )
+            engine.start()
+            backend = EmbeddedBackend(engine)
+            app = create_app(
+                backend,
+                registry,
+                base_name=base_name,
+                max_body_bytes=max_body_bytes,
+                max_resident_bytes=max_resident_bytes,
+                preload=preload,
+            )
+            run(Server(app, drain_s=drain_s, on_ready=on_ready), listener, backend)
+
+
+def own_name(base: str) -> str:
+    """Return the base's own name: a hub id as it is, of a folder the last part."""
+    return Path(base).resolve().name if Path(base).exists() else base
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that has the port, not yet listening; port 0 is a free one.
+
+    Raises ServeError with host, port and the cure.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ServeError(f"{host!r} is no address: {error}", hint="Give --host 127.0.0.1 or 0.0.0.0.") from None
+    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere this option lets two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise _bind_error(host, port, error) from None
+    return listener
+
+
+def _bind_error(host: str, port: int, error: OSError) -> ServeError:
+    if error.errno == errno.EADDRINUSE:
+        hint = "Stop the server that has it, or give another --port; --port 0 takes a free one."
+        return ServeError(f"port {port} of {host} is in use", hint=hint)
+    if error.errno == errno.EACCES:
+        return ServeError(f"port {port} of {host} needs more rights", hint="Give a --port above 1023.")
+    return ServeError(
+        f"cannot listen on port {port} of {host}: {error.strerror}", hint="Give another --host or --port."
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with its ready moment told, and with an exit status of 0 after a signal.
+
+    A first SIGTERM or SIGINT stops accepting and lets running answers end, for at most `drain_s` seconds; a second one
+    ends at once.
+    """
+
+    def __init__(
+        self, app: FastAPI, *, drain_s: float = 30.0, on_ready: Callable[[str], None] = lambda url: None
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",  # `run` does it, so that its errors keep their class
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=math.ceil(drain_s),
+            )
+        )
+        self.app = app
+        self.on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then tell the URL."""
+        assert sockets, "the socket is bound before"
+        host, port = sockets[0].getsockname()[:2]
+        try:
+            sockets[0].listen(self.config.backlog)
+        except OSError as error:  # another process bound it too, and was faster
+            raise _bind_error(host, port, error) from None
+        await super().startup(sockets)
+        self.on_ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain, or end at once if it is draining. The signal is not raised again, as uvicorn's own handler does."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def run(server: Server, listener: socket.socket, backend: Backend) -> None:
+    """Serve on a bound socket until the server is told to stop; then close the backend."""
+    asyncio.run(_serve(server, listener, backend))
+
+
+async def _serve(server: Server, listener: socket.socket, backend: Backend) -> None:
+    try:
+        async with server.app.router.lifespan_context(server.app):
+            await server.serve(sockets=[listener])
+    finally:
+        await backend.aclose()

@@ -1,0 +1,248 @@
+"""Several processes on one registry, and processes that die or run out of disk while they publish."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from foreword.errors import Conflict
+from foreword.registry.store import Registry
+
+from .conftest import Factory, finish, start
+
+PUBLISH = """
+    import json, sys
+    from foreword.registry.store import Registry
+    home, *paths = sys.argv[1:]
+    with Registry.open(home) as registry:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(json.dumps([registry.publish(path).number for path in paths]))
+"""
+
+
+def check_whole(home: Path) -> list[int]:
+    """Check that the database is sound and every version has its blob; return the numbers of triage."""
+    database = sqlite3.connect(home / "registry.sqlite")
+    assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert database.execute("PRAGMA foreign_key_check").fetchall() == []
+    assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    database.close()
+    with Registry.open(home) as registry:
+        found = [version for task in registry.tasks() for version in registry.versions(task.name)]
+        for version in found:
+            assert registry.header(version).task == "triage"
+        return [version.number for version in found]
+
+
+def test_concurrent_publishing_leaves_no_gap(home: Path, artefact: Factory) -> None:
+    Registry.open(home).close()
+    shared = artefact()
+    children = [start(PUBLISH, home, *[artefact() for _ in range(8)], shared) for _ in range(3)]
+    for child in children:
+        assert child.stdout is not None and child.stdin is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    with Registry.open(home) as registry:
+        while any(child.poll() is None for child in children):
+            assert registry.gc(60).num_blobs == 0
+    given = [json.loads(finish(child)) for child in children]
+    *_, same = zip(*given, strict=True)
+    assert len(set(same)) == 1  # the file that all of them have is one version
+    assert sorted({number for mine in given for number in mine}) == list(range(1, 26))
+    assert sum(len(set(mine)) for mine in given) == 27
+    assert check_whole(home) == list(range(1, 26))
+
+
+def test_many_open_a_fresh_home_at_once(home: Path) -> None:
+    code = """
+        import sys, time
+        import alembic.command
+        from foreword.registry.store import Registry
+        at, *homes = sys.argv[1:]
+        for turn, home in enumerate(homes):
+            time.sleep(max(0, float(at) + turn * 0.25 - time.time()))
+            with Registry.open(home) as registry:
+                print(registry.tasks())
+    """
+    homes = [home / str(turn) for turn in range(4)]
+    children = [start(code, time.time() + 2, *homes) for _ in range(4)]
+    assert [finish(child) for child in children] == ["[]\n" * 4] * 4
+    for each in homes:
+        check_whole(each)
+
+
+def test_concurrent_promotion_loses_no_move(home: Path, artefact: Factory) -> None:
+    with Registry.open(home) as registry:
+        for _ in range(4):
+            registry.publish(artefact())
+    code = """
+        import sys
+        from foreword.errors import Conflict
+        from foreword.registry.store import Registry
+        home, name = sys.argv[1:]
+        raced = 0
+        with Registry.open(home) as registry:
+            for turn in range(20):
+                try:
+                    registry.promote(f"triage@{(int(name) + turn) % 4 + 1}", who=name)
+                except Conflict:
+                    raced += 1
+        print(raced)
+    """
+    children = [start(code, home, name) for name in range(3)]
+    raced = sum(int(finish(child)) for child in children)
+    with Registry.open(home) as registry:
+        history = registry.history("triage", "prod")
+        assert registry.aliases("triage") == {"prod": history[-1].to_number}
+    assert 0 < len(history) <= 60 - raced
+    current = None
+    for move in history:  # each began where the one before it ended: none was lost or overwritten
+        assert move.from_number == current
+        assert move.to_number != current
+        current = move.to_number
+
+
+def test_two_tags_with_the_same_expectation(home: Path, artefact: Factory) -> None:
+    with Registry.open(home) as one, Registry.open(home) as two:
+        for _ in range(3):
+            one.publish(artefact())
+        one.tag("triage@1", "prod")
+        one.tag("triage@2", "prod", expect=1)
+        with pytest.raises(Conflict):
+            two.tag("triage@3", "prod", expect=1)
+
+
+@pytest.mark.parametrize(
+    ("dies_in", "num_left"),
+    [
+        ("foreword.registry.blobs.os.fsync", 1),  # the copy is written, its name temporary
+        ("foreword.registry.store.Registry._insert", 1),  # the blob has its name, no row has
+        ("foreword.registry.store.move_alias", 1),  # the row is written, not committed
+        ("foreword.registry.store.replace", 1),  # the alias too
+    ],
+)
+def test_a_publisher_killed_at_the_worst_moment(home: Path, artefact: Factory, dies_in: str, num_left: int) -> None:
+    with Registry.open(home) as registry:
+        registry.publish(artefact(), alias="prod")
+    path = artefact()
+    code = """
+        import os, signal, sys, unittest.mock
+        from foreword.registry.store import Registry
+        home, path, dies_in = sys.argv[1:]
+        with Registry.open(home) as registry, unittest.mock.patch(dies_in) as point:
+            point.side_effect = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+            registry.publish(path, alias="prod")
+    """
+    finish(start(code, home, path, dies_in), -signal.SIGKILL)
+    assert check_whole(home) == [1]
+    with Registry.open(home) as registry:
+        assert registry.gc().num_blobs == 0
+        assert registry.gc(0).num_blobs == num_left
+        assert registry.resolve("triage@prod").number == 1
+        assert registry.publish(path, alias="prod").number == 2
+    assert check_whole(home) == [1, 2]
+
+
+def test_publishers_killed_at_random(home: Path, artefact: Factory) -> None:
+    paths = [artefact(num_vectors=50) for _ in range(48)]
+    Registry.open(home).close()
+    source = random.Random(5)
+    returned = 0
+    for turn in range(4):
+        code = """
+            import sys
+            from foreword.registry.store import Registry
+            home, *paths = sys.argv[1:]
+            with Registry.open(home) as registry:
+                for path in paths:
+                    print(registry.publish(path, alias="prod").number, flush=True)
+        """
+        child = start(code, home, *paths[turn * 12 : turn * 12 + 12])
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(source.uniform(0, 0.1))
+        child.kill()
+        rest, _ = child.communicate()
+        found = check_whole(home)
+        assert found == list(range(1, len(found) + 1))
+        assert len(found) > returned + len(rest.splitlines())  # what publish returned is there
+        returned = len(found)
+        with Registry.open(home) as registry:
+            assert registry.resolve("triage@prod").number == len(found)
+    with Registry.open(home) as registry:
+        registry.gc(0)
+        stored = {blob.sha256 for blob in registry.blobs.stored()}
+        assert stored == {version.sha256 for version in registry.versions("triage")}
+
+
+LIMITED = """
+    import resource, sys
+    from foreword.errors import RegistryError
+    from foreword.registry.store import Registry
+    home, limit, *paths = sys.argv[1:]
+    with Registry.open(home) as registry:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+        for path in paths:
+            try:
+                print(registry.publish(path, alias="prod").number)
+            except RegistryError as error:
+                print(error)
+"""
+
+
+def test_no_room_for_the_blob(home: Path, artefact: Factory) -> None:
+    with Registry.open(home) as registry:
+        registry.publish(artefact(), alias="prod")
+    big = artefact(num_vectors=20_000)
+    assert big.stat().st_size > 500_000
+    out = finish(start(LIMITED, home, 300_000, big))
+    assert f"cannot copy {big} into {home / 'blobs' / '.staging'}: File too large" in out
+    assert "Free space" in out
+    assert check_whole(home) == [1]
+    with Registry.open(home) as registry:
+        assert registry.gc(0).num_blobs == 0
+        assert registry.publish(big).number == 2
+
+
+def test_no_room_in_the_database(home: Path, artefact: Factory) -> None:
+    with Registry.open(home) as registry:
+        registry.publish(artefact(), alias="prod")
+    paths = [artefact() for _ in range(12)]
+    first, *later = finish(start(LIMITED, home, 120_000, *paths)).splitlines()
+    assert first == "2"
+    assert any(line.startswith("the registry's database failed: ") for line in later)
+    done = [int(line) for line in [first, *later] if line.isdigit()]
+    found = check_whole(home)
+    assert found == list(range(1, len(found) + 1)) == [1, *done]
+    assert len(found) < 13
+    with Registry.open(home) as registry:
+        assert registry.resolve("triage@prod").number == found[-1]
+        assert registry.gc(0).num_blobs == 13 - len(found)
+        assert [registry.publish(path).number for path in paths] == list(range(2, 14))
+
+
+def test_a_registry_that_somebody_else_holds(home: Path, artefact: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    from foreword.errors import RegistryError
+    from foreword.registry import tables
+
+    monkeypatch.setattr(tables, "BUSY_TIMEOUT_S", 0.1)
+    with Registry.open(home) as registry:
+        registry.publish(artefact())
+        other = sqlite3.connect(home / "registry.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RegistryError, match="database is locked\nAnother process has held the registry"):
+            registry.publish(artefact())
+        assert registry.resolve("triage").number == 1  # readers go on
+        other.execute("COMMIT")
+        other.close()
+        assert registry.publish(artefact()).number == 2

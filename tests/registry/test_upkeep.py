@@ -1,0 +1,111 @@
+"""Blobs that were changed or lost, and gc."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foreword.core.artefact import read_header
+from foreword.errors import ArtefactCorrupt, ConfigError, Conflict, RegistryError
+from foreword.registry.store import Registry
+
+from .conftest import Factory, overwrite
+
+
+def test_a_changed_blob_is_found(registry: Registry, artefact: Factory) -> None:
+    path = artefact()
+    version = registry.publish(path)
+    blob = registry.path(version)
+    whole = blob.read_bytes()
+    assert blob.stat().st_mode & 0o222 == 0  # nobody writes to it by accident
+    overwrite(blob, whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit of one weight: a well-formed file still
+    assert read_header(blob).task == "triage"
+    with pytest.raises(ArtefactCorrupt, match=f"has sha256 [0-9a-f]{{64}}, its version says {version.sha256}"):
+        registry.path(version)
+    with pytest.raises(ArtefactCorrupt):
+        registry.diff("triage@1", "triage@1")
+    assert not registry.publish(path).is_new  # heals it
+    assert registry.path(version).read_bytes() == whole
+    blob.unlink()
+    with pytest.raises(RegistryError, match="is gone"):
+        registry.path(version)
+    registry.publish(path)
+    assert registry.path(version).read_bytes() == whole
+
+
+def test_another_versions_file_in_its_place_is_found(registry: Registry, artefact: Factory) -> None:
+    one, two = registry.publish(artefact()), registry.publish(artefact())
+    overwrite(registry.path(one), registry.path(two).read_bytes())
+    with pytest.raises(ArtefactCorrupt, match=two.sha256):
+        registry.path(one)
+
+
+def test_a_blob_folder_that_breaks(registry: Registry, artefact: Factory, home: Path) -> None:
+    registry.publish(artefact())
+    (home / "blobs" / ".staging").rmdir()
+    (home / "blobs" / ".staging").write_text("in the way")
+    with pytest.raises(RegistryError, match=r"cannot copy .* into .*\.staging: File exists"):
+        registry.publish(artefact())
+    assert len(registry.versions("triage")) == 1
+
+
+def test_gc(registry: Registry, artefact: Factory, home: Path) -> None:
+    one, two = registry.publish(artefact(), alias="prod"), registry.publish(artefact())
+    shared = registry.publish(registry.path(two), task="mail")
+    stray = registry.blobs.staging / "left.safetensors"
+    stray.write_bytes(b"half")
+    (home / "blobs" / "README").write_text("mine")
+    (home / "blobs" / "ab").mkdir(exist_ok=True)
+    (home / "blobs" / "ab" / "notes.safetensors").write_text("mine")
+    assert registry.gc().num_blobs == 0  # young
+    registry.delete("triage@2")
+    assert registry.gc(0, dry_run=True).num_bytes == 4
+    assert stray.exists()
+    freed = registry.gc(0)
+    assert (freed.num_blobs, freed.num_bytes) == (1, 4)  # the other task's version still has the blob
+    registry.delete("mail@1")
+    assert registry.gc(3600).num_blobs == 0
+    path = registry.path(two)
+    os.utime(path, (0, 0))
+    assert registry.gc(3600).num_bytes == shared.num_bytes
+    assert not path.exists()
+    assert registry.path(one).exists()
+    assert (home / "blobs" / "README").exists()
+    assert (home / "blobs" / "ab" / "notes.safetensors").exists()
+    os.utime(registry.path(one), (0, 0))
+    assert registry.gc(0).num_blobs == 0
+    for grace_s in (-1, float("nan")):
+        with pytest.raises(ConfigError, match="grace period"):
+            registry.gc(grace_s)
+
+
+def test_gc_leaves_what_is_published_again_meanwhile(registry: Registry, artefact: Factory) -> None:
+    path = artefact()
+    version = registry.publish(path)
+    registry.delete(version.reference)
+    os.utime(registry.path(version), (0, 0))
+    stored = list(registry.blobs.stored())
+    registry.publish(path)
+    assert [registry.blobs.remove(blob) for blob in stored] == [False]
+    assert registry.path(registry.resolve("triage")).exists()
+
+
+def test_a_publish_that_loses_its_blob_leaves_no_version(
+    registry: Registry, artefact: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = registry.blobs.put
+
+    def put_and_collect(staged: Any) -> None:
+        put(staged)
+        registry.gc(0)
+
+    monkeypatch.setattr(registry.blobs, "put", put_and_collect)
+    path = artefact()
+    with pytest.raises(Conflict, match="was collected before its version was written"):
+        registry.publish(path)
+    assert registry.tasks() == []
+    monkeypatch.undo()
+    assert registry.publish(path).number == 1
