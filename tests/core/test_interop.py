@@ -2,8 +2,8 @@
 
 import copy
 import json
-import os
 import pickle
+from pathlib import Path
 
 import numpy
 import peft
@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import foreword.demo
 from foreword.core.artefact import Artefact, ArtefactHeader, load_artefact, save_artefact
 from foreword.core.block import Block
 from foreword.core.compile import compile, uncompiled_logits
@@ -28,6 +29,7 @@ pytestmark = [
 ]
 NAMES = ["llama", "qwen3", "gpt2", "opt", "bloom", "gemma3", "mistral", "llama-head-dim", "mistral-window"]
 NUM = 5
+KINDS = ("keys", "values")
 ROW = [5, 6, 7, 31, 8, 9, 11]
 CONFIGS = {
     "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=NUM),
@@ -227,16 +229,12 @@ def test_a_template_says_what_text_follows_the_vectors(base_3m, tmp_path):
         with pytest.raises(ConfigError, match=r"the file has 5(.|\n)*Open the template with \{soft:5\}"):
             import_peft(tmp_path, base, template=TaskTemplate(text=text))
     with pytest.raises(ConfigError, match="tokenizer"):
-        import_peft(tmp_path, tiny("llama"), template=template) if False else import_peft(
-            saved(tmp_path / "tiny"), tiny("llama"), template=template
-        )
+        import_peft(saved(tmp_path / "tiny"), tiny("llama"), template=template)
 
 
 @pytest.fixture(scope="module")
 def base_3m():
-    import foreword.demo
-
-    return load_base(os.path.join(os.path.dirname(foreword.demo.__file__), "base-3m"), dtype="float32")
+    return load_base(str(Path(foreword.demo.__file__).parent / "base-3m"), dtype="float32")
 
 
 def saved(folder, kind="PROMPT_TUNING", name="llama", **changes):
@@ -274,7 +272,7 @@ def test_shapes_that_do_not_fit_the_base_name_both(tmp_path):
     with pytest.raises(IncompatibleModel, match=r"\[5, 192\], this base needs \[5, 384\]"):
         import_peft(small, tiny("qwen3"))
     heads = saved(tmp_path / "heads", "PREFIX_TUNING")
-    with pytest.raises(IncompatibleModel, match="heads.* is 2 in the file, 4 in this base"):
+    with pytest.raises(IncompatibleModel, match=r"heads.* is 2 in the file, 4 in this base"):
         import_peft(heads, tiny("gpt2"))
     layers = saved(tmp_path / "layers", "PREFIX_TUNING", num_layers=None)
     save_file({"prompt_embeddings": torch.zeros(5, 128)}, layers / "adapter_model.safetensors")
@@ -316,14 +314,14 @@ def test_missing_and_broken_files_are_named(tmp_path):
     folder = saved(tmp_path / "cut")
     whole = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(whole[:-3])
-    with pytest.raises(ArtefactCorrupt, match="adapter_model.safetensors"):
+    with pytest.raises(ArtefactCorrupt, match=r"adapter_model\.safetensors"):
         import_peft(folder, base)
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(ArtefactError, match="neither adapter_model.safetensors nor adapter_model.bin"):
+    with pytest.raises(ArtefactError, match=r"neither adapter_model\.safetensors nor adapter_model\.bin"):
         import_peft(folder, base)
     for text in ("{", "[1]", "[" * 100_000):
         (folder / "adapter_config.json").write_text(text)
-        with pytest.raises(ArtefactCorrupt, match="adapter_config.json"):
+        with pytest.raises(ArtefactCorrupt, match=r"adapter_config\.json"):
             import_peft(folder, base)
 
 
@@ -353,7 +351,7 @@ class Evil:
         self.target = str(target)
 
     def __reduce__(self):
-        return (exec, (f"open({self.target!r}, 'w').write('x')",))
+        return (Path.touch, (Path(self.target),))
 
 
 def cartridge(base, num_fixed=2, num=4, seed=0, fixed="fixed", swap=False, dtype=torch.float32):
@@ -421,9 +419,6 @@ def test_a_cartridge_acts_as_its_keys_and_values_in_the_cache(tmp_path):
     with torch.no_grad():
         expected = base.model(input_ids=torch.tensor([ROW]), past_key_values=cache).logits[0]
     assert_same(our_logits(base, import_cartridge_pt(tmp_path / "c.pt", base)), expected, base)
-
-
-KINDS = ("keys", "values")
 
 
 def test_broken_cartridges_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ class FakeStream:
                     if place == self.backend.fail_after:
                         raise ForewordError("the engine fell over", hint="Try again.")
                     chunk = _chunk(index, 100 + place, word, request)
-                    self.timings.add(chunk)
+                    self.timings.add(chunk, time.monotonic())
                     yield chunk
                 yield Chunk(index=index, text="", finish_reason=self.backend.finish_reason)
                 index += 1

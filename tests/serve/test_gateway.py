@@ -155,7 +155,7 @@ def test_a_version_that_cannot_be_loaded_fails_closed_and_is_tried_again(stage: 
 def test_an_error_within_a_stream_is_its_last_event(stage: Stage) -> None:
     stage.backend.fail_after = 2
     seen = []
-    with pytest.raises(APIError, match="the engine fell over. Try again."):
+    with pytest.raises(APIError, match=r"the engine fell over\. Try again\."):
         for chunk in stage.openai.completions.create(model="triage", prompt="x", stream=True):
             seen.append(chunk.choices[0].text)
     assert seen == ["sha-triage-1: ", "one "]

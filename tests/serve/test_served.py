@@ -214,6 +214,9 @@ def test_refusals_come_from_the_engine_too(stage: Stage) -> None:
         stage.complete("triage", "x", suffix="y")
     with pytest.raises(BadRequestError, match="best_of"):
         stage.complete("triage", "x", best_of=2)
+    stage.publish("textual", "prompt", 50, chat=False)
+    with pytest.raises(BadRequestError, match=r"this task has no chat template\. Use /v1/completions"):
+        stage.openai.chat.completions.create(model="textual", messages=[{"role": "user", "content": "x"}])
 
 
 def test_many_tasks_at_once_answer_as_each_alone(stage: Stage) -> None:

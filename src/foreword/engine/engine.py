@@ -72,8 +72,13 @@ class Engine:
             )
         self.base = base
         self.max_queue = max_queue
-        window_bytes = int(budget * (1 - POOL_SHARE))
-        runner = Runner(base, num_blocks=num_blocks, block_size=block_size, window_bytes=window_bytes)
+        runner = Runner(
+            base,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_batch=max_batch,
+            window_positions=int(budget * (1 - POOL_SHARE)) // block_bytes * block_size,
+        )
         scheduler = Scheduler(BlockPool(num_blocks, block_size), max_batch=max_batch, chunk_tokens=chunk_tokens)
         self._loop = Loop(scheduler, runner, base.stop_ids)
         self._entries: dict[str, PrefixEntry] = {}

@@ -12,21 +12,22 @@ from foreword.core.prompt import KVPrefix
 from foreword.engine.kvpool import slot_of
 from foreword.engine.sampling import choose
 from foreword.engine.sequence import PrefixEntry, Sampled, Sequence, Span
-from foreword.engine.storage import DecodeWindow, PoolCache, Storage
-
-HEADROOM = 32
-"""Columns that a decode window can grow by before it is gathered again."""
+from foreword.engine.storage import PoolCache, Storage, gather_slots, row_mask
+from foreword.engine.window import DecodeWindow
 
 
 class Runner:
     """Runs spans of rows over the pool and samples what follows. One thread at a time."""
 
-    def __init__(self, base: FrozenModel, *, num_blocks: int, block_size: int, window_bytes: int) -> None:
+    def __init__(
+        self, base: FrozenModel, *, num_blocks: int, block_size: int, max_batch: int, window_positions: int
+    ) -> None:
         self.base = base
         self.block_size = block_size
-        self.window_bytes = window_bytes
         self.storage = Storage(base.spec, (num_blocks + 1) * block_size, block_size, base.dtype, base.device)
-        self._window: _Window | None = None
+        self.window = DecodeWindow(
+            self.storage, num_positions=window_positions, max_rows=max_batch, block_size=block_size
+        )
 
     @torch.no_grad()
     def load(self, entry: PrefixEntry) -> None:
@@ -58,7 +59,7 @@ class Runner:
         num_new = torch.tensor([span.num_new for span in spans], device=device)
         ends = torch.tensor([span.sequence.num_computed + span.num_new for span in spans], device=device)
         longest, width = max(span.num_new for span in spans), int(ends.max())
-        gather = self._gather([span.sequence for span in spans], ends, width)
+        gather = gather_slots([span.sequence for span in spans], ends, width, self.block_size)
         offsets = torch.arange(longest, device=device) - longest  # of the new positions, from each row's end
         real = None
         if any(span.num_new < longest for span in spans):
@@ -71,7 +72,7 @@ class Runner:
             **self._inputs(spans, ids),
             positions=(ends[:, None] + offsets).clamp(min=0),
             cache=cache,
-            mask=_mask(ends, width),
+            mask=row_mask(ends, width),
             select=torch.tensor([(place + 1) * longest - 1 for place in last], dtype=torch.long, device=device),
         )
         found: list[Sampled | None] = [None] * len(spans)
@@ -82,46 +83,19 @@ class Runner:
     @torch.no_grad()
     def decode(self, rows: Rows[Sequence]) -> list[Sampled]:
         """Compute the one missing position of each row and return its next token."""
-        window, self._window = self._window, None  # a step that fails leaves none behind
-        if window is None or not window.can_go_on(rows):
-            window = self._new_window(rows)
-        if window is None:
-            return [sampled for sampled in self.prefill([Span(row, 1) for row in rows]) if sampled is not None]
-        device, size = self.base.device, self.block_size
-        cache = window.cache
-        cache.num_columns += 1
-        cache.slots = torch.tensor([slot_of(row.blocks, row.num_computed, size) for row in rows], device=device)
-        positions = torch.tensor([[row.num_computed] for row in rows], device=device)
-        ids = torch.tensor([row.tokens[-1:] for row in rows], device=device)
-        mask = window.mask[:, : cache.num_columns]
-        logits = self.base.run(ids=ids, positions=positions, cache=cache, mask=mask)[:, -1]
-        found = choose(logits, rows)
-        window.next_computed = [row.num_computed + 1 for row in rows]
-        self._window = window
-        return found
-
-    def _new_window(self, rows: Rows[Sequence]) -> _Window | None:
-        """Gather the computed positions of `rows` with room to grow, or return None where that takes too much."""
-        lengths = [row.num_computed for row in rows]
-        width, room = max(lengths), max(1, min(HEADROOM, max(row.max_positions - row.num_computed for row in rows)))
-        itemsize = self.storage.keys[0].element_size()
-        if self.base.spec.kv_bytes(len(rows) * (width + room), itemsize) > self.window_bytes:
-            return None
-        ends = torch.tensor(lengths, device=self.base.device)
-        gather = self._gather(rows, ends, width)
-        gather = torch.cat([gather, gather.new_zeros(len(rows), room)], dim=1)
-        mask = torch.cat([_mask(ends, width), gather.new_ones(len(rows), room)], dim=1)
-        return _Window(DecodeWindow(self.storage, gather, width), list(rows), lengths, mask)
-
-    def _gather(self, rows: Rows[Sequence], ends: Tensor, width: int) -> Tensor:
-        """Return slots [B, width] of each row's positions before `ends`, right-aligned behind zeros."""
-        device, size = self.base.device, self.block_size
-        longest = max(len(row.blocks) for row in rows)
-        tables = torch.tensor([row.blocks + [0] * (longest - len(row.blocks)) for row in rows], device=device)
-        positions = torch.arange(width, device=device) - (width - ends[:, None])
-        inside = positions.clamp(min=0)
-        slots = tables.gather(1, inside // size) * size + inside % size
-        return slots.masked_fill(positions < 0, 0)
+        window = self.window
+        try:
+            if not window.hold(rows):
+                return [sampled for sampled in self.prefill([Span(row, 1) for row in rows]) if sampled is not None]
+            positions, mask = window.begin()
+            ids = torch.tensor([row.tokens[-1:] for row in window.rows], device=self.base.device)
+            logits = self.base.run(ids=ids, positions=positions, cache=window, mask=mask)[:, -1]
+            found = dict(zip(window.rows, choose(logits, window.rows), strict=True))
+        except BaseException:
+            window.clear()
+            raise
+        window.end()
+        return [found[row] for row in rows]
 
     def _slots(self, blocks: list[int], num_positions: int) -> Tensor:
         size = self.block_size
@@ -146,30 +120,6 @@ class Runner:
         embeds = self.base.embed(ids)
         places, rows = torch.tensor(index, device=ids.device), torch.cat(vectors).to(embeds)
         return {"embeds": embeds.flatten(0, 1).index_copy(0, places, rows).view_as(embeds)}
-
-
-class _Window:
-    """A decode window and the rows it holds."""
-
-    def __init__(self, cache: DecodeWindow, rows: list[Sequence], next_computed: list[int], mask: Tensor) -> None:
-        self.cache = cache
-        self.rows = rows
-        self.next_computed = next_computed
-        self.mask = mask
-        """[B, capacity], ones where a row is or will be."""
-
-    def can_go_on(self, rows: Rows[Sequence]) -> bool:
-        """Return whether `rows` are those held, each exactly where the window left it, and a column is free."""
-        return (
-            self.cache.num_columns < self.cache.capacity
-            and self.rows == rows
-            and self.next_computed == [row.num_computed for row in rows]
-        )
-
-
-def _mask(ends: Tensor, width: int) -> Tensor:
-    """Return [B, width] with 1 at the last `ends` columns of each row."""
-    return (torch.arange(width, device=ends.device) >= width - ends[:, None]).long()
 
 
 def _padded_ids(span: Span, longest: int) -> list[int]:

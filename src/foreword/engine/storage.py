@@ -1,4 +1,4 @@
-"""Where keys and values lie, as transformers caches: the pool's slots, and a contiguous window for steady decoding.
+"""Where keys and values lie: the pool's tensors, and a transformers cache over them for one forward of ragged spans.
 
 Letters: B rows, q new positions per row, K positions that a row attends to (padding included), L layers, Hkv key/value
 heads, Dh head dimension. Every cache here hands attention `[B, Hkv, K, Dh]` with rows right-aligned: `[pad … row]`, the
@@ -8,6 +8,7 @@ sliding windows, ALiBi and learned positions alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foreword.core.spec import ModelSpec
+from foreword.engine.sequence import Sequence
 
 
 class Storage:
@@ -57,7 +59,7 @@ class PoolCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[_PoolLayer(self, *pair) for pair in zip(storage.keys, storage.values, strict=True)])
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
+class KnownLayer(CacheLayerMixin):  # type: ignore[misc]
     """What transformers asks of a layer whose K columns are known before the forward."""
 
     is_sliding = False
@@ -86,7 +88,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-class _PoolLayer(_Layer):
+class _PoolLayer(KnownLayer):
     def __init__(self, cache: PoolCache, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.cache, self.pool = cache, (keys, values)
@@ -106,42 +108,16 @@ class _PoolLayer(_Layer):
         return whole[0], whole[1]
 
 
-class DecodeWindow(Cache):  # type: ignore[misc]
-    """Keys and values of a decode batch, kept contiguous while the same rows decode on.
-
-    Per layer [B, capacity, Hkv, Dh]: gathered once, then each step writes one column, here and in the pool. Rows end
-    in the same column, so the view [:, :K] is right-aligned at every step.
-    """
-
-    def __init__(self, storage: Storage, gather: Tensor, num_columns: int) -> None:
-        num_rows, self.capacity = gather.shape
-        self.num_columns = num_columns
-        """Columns filled, those of the running step included."""
-        self.slots = gather[:, 0]
-        """[B] where this step's position goes in the pool; set before each step."""
-        flat = gather.flatten()
-
-        def gathered(pool: Tensor) -> Tensor:
-            return pool.index_select(0, flat).view(num_rows, self.capacity, *pool.shape[1:])
-
-        pairs = zip(storage.keys, storage.values, strict=True)
-        super().__init__(layers=[_WindowLayer(self, pair, (gathered(pair[0]), gathered(pair[1]))) for pair in pairs])
+def gather_slots(rows: Rows[Sequence], ends: Tensor, width: int, block_size: int) -> Tensor:
+    """Return slots [B, width] of each row's positions before `ends` [B], right-aligned behind zeros."""
+    longest = max(len(row.blocks) for row in rows)
+    tables = torch.tensor([row.blocks + [0] * (longest - len(row.blocks)) for row in rows], device=ends.device)
+    positions = torch.arange(width, device=ends.device) - (width - ends[:, None])
+    inside = positions.clamp(min=0)
+    slots = tables.gather(1, inside // block_size) * block_size + inside % block_size
+    return slots.masked_fill(positions < 0, 0)
 
 
-class _WindowLayer(_Layer):
-    def __init__(self, cache: DecodeWindow, pool: tuple[Tensor, Tensor], window: tuple[Tensor, Tensor]) -> None:
-        super().__init__()
-        self.cache, self.pool, self.window = cache, pool, window
-
-    def get_seq_length(self) -> int:
-        return self.cache.num_columns - 1
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        column, slots = self.cache.num_columns - 1, self.cache.slots
-        whole = []
-        for pool, window, new in zip(self.pool, self.window, (key_states, value_states), strict=True):
-            rows = new[:, :, 0]  # [B, Hkv, Dh]
-            pool.index_copy_(0, slots, rows)
-            window[:, column] = rows
-            whole.append(window[:, : column + 1].transpose(1, 2))
-        return whole[0], whole[1]
+def row_mask(ends: Tensor, width: int) -> Tensor:
+    """Return [B, width] with 1 at the last `ends` [B] columns of each row."""
+    return (torch.arange(width, device=ends.device) >= width - ends[:, None]).long()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from foreword.core.spec import Fingerprint
 from foreword.engine.request import Chunk, Request
-from foreword.errors import ArtefactCorrupt, BackendFailed, ConfigError
+from foreword.errors import ArtefactCorrupt, BackendFailed, ConfigError, Overloaded
 
 if TYPE_CHECKING:
     from foreword.core.model import FrozenModel
@@ -55,12 +55,11 @@ class Timings:
     num_tokens: dict[int, int] = field(default_factory=dict)
     """By choice, as the two above."""
 
-    def add(self, chunk: Chunk) -> None:
-        """Note the arrival of a chunk."""
+    def add(self, chunk: Chunk, when: float) -> None:
+        """Note a chunk that arrived at `when`."""
         if chunk.token_ids:
-            now = time.monotonic()
-            self.first.setdefault(chunk.index, now)
-            self.last[chunk.index] = now
+            self.first.setdefault(chunk.index, when)
+            self.last[chunk.index] = when
             self.num_tokens[chunk.index] = self.num_tokens.get(chunk.index, 0) + len(chunk.token_ids)
 
     @property
@@ -144,6 +143,7 @@ class EmbeddedBackend:
         self._token_bytes: dict[int, bytes] = {}
         self._compiler = _twin(engine.base)
         self._loads = ThreadPoolExecutor(1, "foreword-load")  # one at a time: compiling hooks into its model's layers
+        self._num_submitting = 0
         self._submits = ThreadPoolExecutor(1, "foreword-submit")  # tokenising a long prompt would hold up the gateway
 
     async def load(self, sha256: str, path: Path) -> int:
@@ -173,13 +173,21 @@ class EmbeddedBackend:
 
     async def submit(self, requests: Sequence[Request]) -> EmbeddedStream:
         """Submit all requests, or none; in a thread, since that tokenises."""
+        if self._num_submitting >= self.engine.max_queue:
+            raise Overloaded(
+                f"{self._num_submitting} requests wait to be tokenised, {self.engine.max_queue} may",
+                hint="Try again later, or serve with a longer --max-queue.",
+            )
         stream = EmbeddedStream(self.engine, asyncio.get_running_loop(), [request.n for request in requests])
         future = self._submits.submit(stream.submit, requests)
+        self._num_submitting += 1
         try:
             await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:
             future.add_done_callback(lambda _: stream.abort())  # it may still go through
             raise
+        finally:
+            self._num_submitting -= 1
         return stream
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -232,12 +240,16 @@ class EmbeddedStream:
 
     def _receiver(self, first: int) -> Any:
         def receive(chunk: Chunk) -> None:  # in the engine's thread
-            chunk = dataclasses.replace(chunk, index=first + chunk.index)
-            self.timings.add(chunk)
+            if first:
+                chunk = dataclasses.replace(chunk, index=first + chunk.index)
             with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody reads any more
-                self._loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
+                self._loop.call_soon_threadsafe(self._arrive, chunk, time.monotonic())
 
         return receive
+
+    def _arrive(self, chunk: Chunk, when: float) -> None:
+        self.timings.add(chunk, when)
+        self._chunks.put_nowait(chunk)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """Yield chunks until every choice has had its last."""

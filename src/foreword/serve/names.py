@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -67,6 +68,7 @@ class Names:
         self.base_name = base_name
         self.ttl_s = ttl_s
         self._known: dict[str, tuple[float, asyncio.Task[Target]]] = {}
+        self._threads = ThreadPoolExecutor(4, "foreword-names")  # its own, so that no slow fetch holds names up
 
     async def resolve(self, name: str) -> Target:
         """Return what a name stands for.
@@ -90,10 +92,11 @@ class Names:
                 del self._known[name]
 
     async def _ask(self, name: str) -> Target:
+        loop = asyncio.get_running_loop()
         if name == self.base_name:
-            return await asyncio.to_thread(self._base)
+            return await loop.run_in_executor(self._threads, self._base)
         try:
-            return Target(name, await asyncio.to_thread(self.source.resolve, name))
+            return Target(name, await loop.run_in_executor(self._threads, self.source.resolve, name))
         except NotFound as error:
             raise NotFound(error.message, hint=f"{error.hint} The base is {self.base_name}.".strip()) from None
 
@@ -109,7 +112,8 @@ class Names:
 
     async def listed(self, fingerprint: Fingerprint) -> list[Target]:
         """Return the base, and each task and alias whose version belongs to the base of this fingerprint."""
-        return [Target(self.base_name), *await asyncio.to_thread(self._versions, fingerprint)]
+        loop = asyncio.get_running_loop()
+        return [Target(self.base_name), *await loop.run_in_executor(self._threads, self._versions, fingerprint)]
 
     def _versions(self, fingerprint: Fingerprint) -> list[Target]:
         found = []

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,6 +94,7 @@ class Residents:
         self._entries: dict[str, _Entry] = {}  # by sha256, the longest idle first
         self._unloading: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[str, tuple[float, ForewordError]] = {}
+        self._threads = ThreadPoolExecutor(2, "foreword-fetch")
 
     @property
     def num_resident(self) -> int:
@@ -147,7 +149,7 @@ class Residents:
                 await unloading
             while len(self._entries) > self.max_versions:
                 await self._evict(f"{self.max_versions} versions are resident, and all are in use")
-            path = await asyncio.to_thread(self.locate, version)
+            path = await asyncio.get_running_loop().run_in_executor(self._threads, self.locate, version)
             entry.num_bytes = await self._load_with_room(version, path)
             await self._keep_bytes(entry)
         except BaseException as error:

@@ -29,8 +29,8 @@ def import_cartridge_pt(
     """Import a cartridge: `trainable_keys`, `trainable_values` and their `fixed_` or `frozen_` rows, which come first.
 
     Each is a list of L tensors [1, Hkv, n, Dh], or all are [1, n, Hkv, Dh] where only that fits the base; fixed lists
-    may be empty. Keys lie as in the cache, rotated for positions 0..P-1, so the vectors stand before BOS unless a `template`
-    says what text follows them; `task` defaults to the file's name. Of classes the file may name torch.nn.ParameterList
+    may be empty. Keys lie as in the cache, rotated for positions 0..P-1, so the vectors stand before BOS; a `template`
+    says what else follows them; `task` defaults to the file's name. Of classes the file may name torch.nn.ParameterList
     alone: anything else is refused with ArtefactCorrupt and not run. Raises IncompatibleModel where layers, heads or
     head dimension are not the base's. Source: github.com/HazyResearch/cartridges, arXiv:2506.06266.
     """
