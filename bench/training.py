@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,12 +131,19 @@ def memory_of(name: str, num: int) -> float:
 
 
 def measure_memory(name: str, num: int) -> float:
-    """MiB of peak resident memory over what the loaded model and optimizer take."""
+    """MiB of peak resident memory over what is resident before the first step (Linux)."""
     step = {"foreword": ours, "peft": peft}[name](num)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (status("VmHWM") - before) / 1024
+
+
+def status(field: str) -> int:
+    """KiB that /proc/self/status names."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def joint(rounds: int) -> dict[str, Any]:

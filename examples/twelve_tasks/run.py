@@ -2,9 +2,9 @@
 
 python examples/twelve_tasks/run.py --base ../shared/models/base-3m --out bench/results/twelve_base-3m.json
 
-Each method's twelve runs are one `fit`. All its prefixes then sit in one engine, and every task is judged by free greedy
-generation on the first test rows (drawn by seed 0), tasks with a closed set of answers also over their labels, beside
-the untrained base with the hard text alone and with eight examples. Results are written after each method.
+Each method's twelve runs are one `fit`. All its prefixes then sit in one engine, and every task is judged by free
+greedy generation on test rows drawn by seed 0, tasks with a closed set of answers also over their labels, beside the
+untrained base with the hard text alone and with eight examples. Results are written after each method.
 """
 
 from __future__ import annotations

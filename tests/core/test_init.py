@@ -182,6 +182,8 @@ def test_the_same_block_keeps_trained_vectors_exactly():
     prompt = initial_vectors(base, "prompt", BLOCK, "vocab", after=2)
     assert torch.equal(from_vectors(prompt, BLOCK, after=3).after, prompt.after[torch.tensor([0, 1, 0])])
     assert from_vectors(prompt, BLOCK).after is None
+    behind = initial_vectors(base, "prompt", Block(((1,),)), "vocab", after=2)
+    assert torch.equal(from_vectors(behind, Block((3,))).vectors, behind.after[torch.tensor([0, 1, 0])])
     assert torch.equal(
         from_vectors(initial_vectors(base, "prompt", BLOCK, "vocab"), BLOCK, after=1).after[0], prompt.vectors[0]
     )

@@ -361,7 +361,7 @@ def test_preloading_fails_loudly_at_the_start(name: str) -> None:
 def test_the_gateway_needs_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
-        "import foreword.serve.gateway, foreword.serve.run, foreword.serve.metrics\n"
+        "import foreword.serve.gateway, foreword.serve.run, foreword.serve.metrics, foreword.cli.serve_command\n"
         "from foreword.serve.backend import Backend"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

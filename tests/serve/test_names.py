@@ -40,11 +40,11 @@ def test_a_move_is_seen_after_the_ttl_and_queries_are_shared() -> None:
     registry = FakeRegistry(version("triage", 1), version("triage", 2))
 
     async def main() -> None:
-        names = Names(registry, "base", ttl_s=0.05)
+        names = Names(registry, "base", ttl_s=0.5)
         await asyncio.gather(*(names.resolve("triage") for _ in range(50)))
         assert registry.num_queries == 1
         registry.moved["triage@prod"] = 1
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.6)
         assert (await names.resolve("triage")).prefix == "sha-triage-1"
         assert registry.num_queries == 2
 

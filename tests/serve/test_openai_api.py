@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from foreword.errors import Conflict, ForewordError, NotFound, Overloaded
-from foreword.serve.openai_api import ChatBody, CompletionBody, InvalidBody, error_headers, error_json, parse_body
+from foreword.serve.openai_api import Body, ChatBody, CompletionBody, InvalidBody, error_headers, error_json, parse_body
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -158,6 +160,31 @@ def test_a_refusal_shows_no_text_of_the_request() -> None:
     with pytest.raises(InvalidBody) as caught:
         completion(temperature="my secret", user=5)
     assert "secret" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.dictionaries(st.sampled_from(sorted({*CompletionBody.model_fields, *ChatBody.model_fields, "x"})), JSON)
+
+
+@given(FIELDS, st.sampled_from([CompletionBody, ChatBody]))
+def test_any_json_is_a_request_or_a_refusal(fields: dict[str, Any], kind: type[Body]) -> None:
+    document = {"model": "m", "prompt": "x"} if kind is CompletionBody else {"model": "m", "messages": USER}
+    try:
+        body = parse_body(kind, json.dumps({**document, **fields}).encode())
+    except InvalidBody as error:
+        json.dumps(error_json(error), allow_nan=False)
+    else:
+        assert body.requests("p")
+
+
+@given(st.binary())
+def test_any_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(InvalidBody):
+        parse_body(ChatBody, data)
 
 
 def test_errors_in_openais_shape() -> None:

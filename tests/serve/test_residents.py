@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -18,6 +18,12 @@ A, B, C = version("a", 1), version("b", 1), version("c", 1)
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(work)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def residents(backend: FakeBackend, **options: Any) -> Residents:
@@ -42,13 +48,13 @@ def test_one_load_however_many_wait() -> None:
 def test_a_failure_reaches_all_who_wait_and_is_tried_again_later() -> None:
     async def main() -> None:
         backend = FakeBackend(load_s=0.02, load_errors=[ArtefactCorrupt("bad file")])
-        held = residents(backend, retry_s=0.05)
+        held = residents(backend, retry_s=0.5)
         found = await asyncio.gather(*(held.acquire(A) for _ in range(5)), held.acquire(B), return_exceptions=True)
         assert [type(item).__name__ for item in found] == ["ArtefactCorrupt"] * 5 + ["Lease"]
         with pytest.raises(ArtefactCorrupt):
             await held.acquire(A)
         assert backend.log == ["load sha-a-1", "load sha-b-1"]  # not read again so soon
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.6)
         (await held.acquire(A)).release()
         assert held.counts.failures == {"ArtefactCorrupt": 1}
 
@@ -158,8 +164,7 @@ def test_waiters_that_go_away_leave_an_idle_version() -> None:
         waiting = asyncio.create_task(held.acquire(A))
         await asyncio.sleep(0.01)
         waiting.cancel()
-        await asyncio.sleep(0.04)
-        assert held.num_resident == 1
+        await until(lambda: held.num_resident == 1)
         await held.acquire(B)
         assert backend.loaded == ["sha-b-1"]
 
@@ -173,11 +178,9 @@ def test_idle_versions_are_swept() -> None:
         sweeper = asyncio.create_task(keep_swept(held, 0.01))
         used = await held.acquire(A)
         (await held.acquire(B)).release()
-        await asyncio.sleep(0.08)
-        assert backend.loaded == ["sha-a-1"]
+        await until(lambda: backend.loaded == ["sha-a-1"])
         used.release()
-        await asyncio.sleep(0.08)
-        assert backend.loaded == []
+        await until(lambda: backend.loaded == [])
         sweeper.cancel()
 
     run(main())
@@ -195,17 +198,16 @@ def test_a_preloaded_name_follows_promotions(caplog: pytest.LogCaptureFixture) -
         await held.sweep()
         assert backend.loaded == ["sha-t-1"]  # it is held
         registry.moved["t@prod"] = 2
-        await asyncio.sleep(0.1)
+        await until(lambda: "sha-t-2" in backend.loaded)
         await held.sweep()
         assert backend.loaded == ["sha-t-2"]
         backend.load_errors = [ArtefactCorrupt("bad file")] * 1000
         registry.moved["t@prod"] = 3
-        await asyncio.sleep(0.1)
+        await until(lambda: backend.log.count("load sha-t-3") > 2)
         await held.sweep()
         assert backend.loaded == ["sha-t-2"]  # until the new one can be loaded
         backend.load_errors = []
-        await asyncio.sleep(0.1)
-        assert "sha-t-3" in backend.loaded
+        await until(lambda: "sha-t-3" in backend.loaded)
         follower.cancel()
 
     run(main())

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from foreword.errors import ServeError
+from foreword.errors import RegistryError, ServeError
 from foreword.registry.store import Registry
 from foreword.serve.run import bind, own_name, serve_base
 from tests.serve.artefacts import BASE, write_artefact
@@ -100,11 +100,16 @@ def test_serve_until_sigterm(tmp_path: Path) -> None:
         assert "tell nobody" not in err
 
 
-@pytest.mark.slow
-def test_draining_and_preloading_have_an_end(tmp_path: Path) -> None:
+def test_preloading_what_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
     with Registry.open(tmp_path / "home") as registry:
-        version = registry.publish(write_artefact(tmp_path, "triage"))
-        path = registry.path(version)
+        registry.path(registry.publish(write_artefact(tmp_path, "triage"))).unlink()
+    for name, error in (("triage", "is gone"), ("triage@prod", "no alias 'prod'")):
+        with pytest.raises(RegistryError, match=error):
+            serve_base(str(BASE), port=0, home=tmp_path / "home", kv_memory="16MiB", preload=[name])
+
+
+@pytest.mark.slow
+def test_draining_has_an_end(tmp_path: Path) -> None:
     with process(tmp_path / "home", "--drain", "1") as (started, ready):
         body = {"model": "base-3m", "prompt": "x", "max_tokens": 2000, "n": 16, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{ready['url']}/v1/completions", json=body, timeout=60) as answer:
@@ -115,7 +120,3 @@ def test_draining_and_preloading_have_an_end(tmp_path: Path) -> None:
                 list(lines)
         started.communicate(timeout=60)
         assert started.returncode == 0
-    path.unlink()
-    command = [*COMMAND, "--home", str(tmp_path / "home"), "--port", "0", "--preload", "triage"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 6 and "is gone" in done.stderr and "Traceback" not in done.stderr

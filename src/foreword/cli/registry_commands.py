@@ -222,18 +222,30 @@ def tag(
 def promote(
     reference: Reference,
     alias: Annotated[str, typer.Option("--alias", help="The alias to move.")] = "prod",
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Replay the version's conformance probe on this base first.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overrule the gate; the history says so.")] = False,
     why: Why = "",
     who: Who = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Point prod at a version, unless its stored evaluation loses to the current one's.
+    """Point prod at a version, unless its stored evaluation loses to the current one's or its probe fails on the base.
 
-    Example: foreword promote triage@canary --why "won on the dev split"
+    Example: foreword promote triage@canary --base models/base --why "won on the dev split"
     """
     with _open(home) as registry:
-        move = registry.promote(reference, alias, who=who, why=why, force=force)
+
+        def conformance(candidate: Version, current: Version | None) -> str | None:
+            from foreword.doctor.checks import check_artefact
+
+            findings = check_artefact(registry.path(candidate), base)
+            return next((f"{finding.check}: {finding.measured}" for finding in findings if not finding.ok), None)
+
+        gate = None if base is None else conformance
+        move = registry.promote(reference, alias, who=who, why=why, force=force, gate=gate)
     _print_move(move, as_json)
 
 

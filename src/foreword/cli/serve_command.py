@@ -10,6 +10,24 @@ import typer
 
 from foreword.cli.options import Base, Device, Dtype, Home
 
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+BaseName = Annotated[
+    str | None, typer.Option("--base-name", help="The base's model name; default its folder's.", show_default=False)
+]
+Preload = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--preload",
+        help="Task or task@alias to load at the start and at each promotion; repeatable.",
+        show_default=False,
+    ),
+]
+PrefixMemory = Annotated[
+    str, typer.Option("--prefix-memory", help="Memory for loaded versions; the longest idle make room.")
+]
+MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, help="Answers that may wait; more are refused with 503.")]
+MaxBody = Annotated[str, typer.Option("--max-body", help="Largest request body; larger ones are refused with 413.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add `serve` to `app`."""
@@ -19,33 +37,16 @@ def register(app: typer.Typer) -> None:
 def serve(
     base: Base,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
-    ] = 8000,
+    port: Port = 8000,
     home: Home = None,
-    base_name: Annotated[
-        str | None, typer.Option("--base-name", help="The base's model name; default its folder's.", show_default=False)
-    ] = None,
+    base_name: BaseName = None,
     kv_memory: Annotated[str, typer.Option("--kv-memory", help="Memory for requests' keys and values.")] = "1GiB",
-    prefix_memory: Annotated[
-        str, typer.Option("--prefix-memory", help="Memory for loaded versions; the longest idle make room.")
-    ] = "1GiB",
+    prefix_memory: PrefixMemory = "1GiB",
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Answers in generation at once.")] = 64,
-    max_queue: Annotated[
-        int, typer.Option("--max-queue", min=1, help="Answers that may wait; more are refused with 503.")
-    ] = 256,
-    max_body: Annotated[
-        str, typer.Option("--max-body", help="Largest request body; larger ones are refused with 413.")
-    ] = "4MiB",
-    preload: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--preload",
-            help="Task or task@alias to load at the start and at each promotion; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for running answers after SIGTERM.")] = 30.0,
+    max_queue: MaxQueue = 256,
+    max_body: MaxBody = "4MiB",
+    preload: Preload = None,
+    drain: Annotated[int, typer.Option("--drain", min=0, help="Seconds for running answers after SIGTERM.")] = 30,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON when ready.")] = False,

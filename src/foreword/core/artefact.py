@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from foreword.core.block import Block
 from foreword.core.spec import Fingerprint, ModelSpec
-from foreword.errors import ArtefactCorrupt, ArtefactError
+from foreword.core.template import TaskTemplate
+from foreword.errors import ArtefactCorrupt, ArtefactError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,9 @@ class ArtefactHeader:
         if unknown := sorted(fields.keys() - known):
             raise ArtefactCorrupt(f"unknown field {unknown[0]!r} in the artefact's header")
         try:
+            for name in ("block", "labels", "conformance"):
+                if not isinstance(fields.get(name, []), list):
+                    raise ArtefactCorrupt(f"{name} {fields[name]!r} in the artefact's header is not a list")
             fields["block"] = Block.from_json(fields["block"])
             fields["base"] = Fingerprint(**fields["base"])
             fields["spec"] = ModelSpec.from_json(fields["spec"])
@@ -94,9 +98,35 @@ class ArtefactHeader:
             header = cls(**fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArtefactCorrupt(f"the artefact's header is incomplete: {error}") from error
-        if header.method not in ("prompt", "prefix", "kv"):
-            raise ArtefactCorrupt(f"unknown method {header.method!r} in the artefact's header")
+        if odd := header.first_wrong_field():
+            raise ArtefactCorrupt(f"the artefact's header has a wrong {odd}: {data.get(odd)!r:.200}")
         return header
+
+    def first_wrong_field(self) -> str | None:
+        """Return the name of the first field whose value is of a wrong kind or out of range, or None."""
+        checks = {
+            "method": self.method in ("prompt", "prefix", "kv"),
+            "spec": _is_spec(self.spec),
+            "base": all(isinstance(value, str) for value in self.base.to_json().values()),
+            "soft_after": _is_count(self.soft_after) and (self.soft_after == 0 or self.method == "prompt"),
+            "template": self.template is None or _is_template(self.template),
+            "labels": all(isinstance(label, str) for label in self.labels),
+            "max_new_tokens": self.max_new_tokens is None or _is_count(self.max_new_tokens, least=1),
+            "training": isinstance(self.training, Mapping),
+            "parent": self.parent is None or isinstance(self.parent, str),
+            "evaluation": isinstance(self.evaluation, Mapping),
+            "conformance": all(isinstance(probe, Mapping) for probe in self.conformance),
+        }
+        checks |= {name: isinstance(getattr(self, name), str) for name in ("task", "metric", "created", "foreword")}
+        for name, holds in checks.items():
+            if not holds:
+                return name
+        for segment in self.block.segments:
+            ids = segment if isinstance(segment, tuple) else ()
+            whole = isinstance(segment, tuple) or _is_count(segment)
+            if not whole or not all(_is_count(token) and token < self.spec.vocab_size for token in ids):
+                return "block"
+        return None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors that the file must hold, by name."""
@@ -110,6 +140,29 @@ class ArtefactHeader:
             shapes[f"key.{index}"] = (layer.num_kv_heads, num, layer.head_dim)
             shapes[f"value.{index}"] = (layer.num_kv_heads, num, layer.value_dim)
         return shapes
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_spec(spec: ModelSpec) -> bool:
+    sizes = [spec.hidden_size, spec.embed_size, spec.vocab_size]
+    sizes += [size for layer in spec.layers for size in (layer.num_kv_heads, layer.head_dim, layer.value_dim)]
+    limits = [spec.max_positions, *(layer.window for layer in spec.layers)]
+    sizes += [limit for limit in limits if limit is not None]
+    named = isinstance(spec.model_type, str) and _is_count(spec.num_parameters)
+    return named and bool(spec.layers) and all(_is_count(size, least=1) for size in sizes)
+
+
+def _is_template(template: object) -> bool:
+    if not isinstance(template, Mapping):
+        return False
+    try:
+        TaskTemplate.from_json(template)
+    except (ConfigError, KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -157,10 +210,10 @@ def _parse_header(path: Path, size: int, prefix: bytes, read: Any) -> ArtefactHe
     if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
         raise corrupt(f"not a safetensors file (header of {length} bytes in a file of {size})")
     try:
-        table = json.loads(read(length))
+        table = json.loads(read(length), object_pairs_hook=_without_repeats)
         metadata = table.pop("__metadata__")
-        header = ArtefactHeader.from_json(json.loads(metadata[METADATA_KEY]))
-        found = {name: (tuple(info["shape"]), info["dtype"], *info["data_offsets"]) for name, info in table.items()}
+        header = ArtefactHeader.from_json(json.loads(metadata[METADATA_KEY], object_pairs_hook=_without_repeats))
+        found = {name: _tensor_entry(info) for name, info in table.items()}
     except ArtefactCorrupt as error:
         raise corrupt(error.message) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -169,7 +222,7 @@ def _parse_header(path: Path, size: int, prefix: bytes, read: Any) -> ArtefactHe
     if found.keys() != expected.keys():
         odd = sorted(found.keys() ^ expected.keys())[0]
         raise corrupt(f"tensor {odd!r} is {'foreign' if odd in found else 'missing'} for method {header.method}")
-    end, dtypes = 0, {dtype for _, dtype, *_ in found.values()}
+    end, dtypes = 0, {dtype for _, dtype, _, _ in found.values()}
     if len(dtypes) != 1 or not dtypes <= ITEMSIZES.keys():
         raise corrupt(f"dtype {', '.join(sorted(dtypes))} where F32 or BF16 is allowed")
     for name, (shape, dtype, start, stop) in sorted(found.items(), key=lambda item: item[1][2:]):
@@ -186,6 +239,25 @@ def _parse_header(path: Path, size: int, prefix: bytes, read: Any) -> ArtefactHe
     return header
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; of two equal keys two readers may take different ones, so they are refused."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ArtefactCorrupt(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in the header")
+    return found
+
+
+def _tensor_entry(info: Mapping[str, Any]) -> tuple[tuple[int, ...], str, int, int]:
+    """Return (shape, dtype, start, stop) of one tensor. Raises KeyError, TypeError or ValueError where it is none."""
+    shape, dtype, (start, stop) = info["shape"], info["dtype"], info["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise ValueError(f"dtype {dtype!r}, shape {shape!r}")
+    if not all(_is_count(number) for number in (*shape, start, stop)):
+        raise ValueError(f"shape {shape!r}, data_offsets {[start, stop]!r}")
+    return tuple(shape), dtype, start, stop
+
+
 def file_sha256(path: str | Path) -> str:
     """Return the sha256 of a file, in hex."""
     with Path(path).open("rb") as file:
@@ -197,29 +269,36 @@ def load_artefact(path: str | Path) -> Artefact:
 
     Raises ArtefactCorrupt as `read_header` does, and where a value is NaN or Inf.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = Path(path)
-    header = read_header(path)
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror}", hint="Check the path.") from error
+    header = _parse_header(path, len(data), data[:8], lambda length: data[8 : 8 + length])
     try:
         tensors = load(data)
     except SafetensorError as error:
         raise ArtefactCorrupt(f"{path}: {error}") from error
+    _check_finite(path, tensors)
+    return Artefact(header, tensors, hashlib.sha256(data).hexdigest(), path)
+
+
+def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(tensor.isfinite().all()):
             raise ArtefactCorrupt(
                 f"{path}: tensor {name!r} holds NaN or Inf", hint="Train again from the last good checkpoint."
             )
-    return Artefact(header, tensors, hashlib.sha256(data).hexdigest(), path)
 
 
 def save_artefact(path: str | Path, header: ArtefactHeader, tensors: Mapping[str, torch.Tensor]) -> Artefact:
     """Write an artefact to a temporary file, fsync and rename it to `path`; return it as `load_artefact` would.
 
-    `tensors` must have the header's names and shapes, float32 or bfloat16. Nothing is left behind on failure.
+    `tensors` must have the header's names and shapes and be all float32 or all bfloat16 (ValueError otherwise), without
+    NaN or Inf (ArtefactCorrupt). Nothing is left behind on failure.
     """
     from safetensors.torch import save
 
@@ -228,7 +307,12 @@ def save_artefact(path: str | Path, header: ArtefactHeader, tensors: Mapping[str
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
         raise ValueError(f"tensors {shapes} do not fit the header's {expected}")
+    if {str(tensor.dtype) for tensor in tensors.values()} not in ({"torch.float32"}, {"torch.bfloat16"}):
+        raise ValueError(f"tensors of {sorted({str(t.dtype) for t in tensors.values()})}, not float32 or bfloat16")
+    if odd := header.first_wrong_field():
+        raise ValueError(f"the header's {odd} is {getattr(header, odd)!r:.200}")
     whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    _check_finite(path, whole)
     data = save(whole, metadata={METADATA_KEY: json.dumps(header.to_json(), sort_keys=True)})
     write_atomically(path, data)
     return Artefact(header, whole, hashlib.sha256(data).hexdigest(), path)

@@ -177,15 +177,16 @@ def from_vectors(vectors: Vectors, block: Block, *, after: int = 0) -> Vectors:
     """Return trained vectors as the start for `block` and `after` rows behind the text: tiled or cut to its length.
 
     Of more vectors the first are kept, fewer are repeated in order; rows behind the text are tiled or cut among
-    themselves, and taken from those in front where the source has none. Keys keep the rotation of the position where
-    they stood: for a `kv` of the same length at the same positions the start is exact, a repeated or moved row looks to
-    the text as if it still stood at its old place, and training sees to the rest. Raises ConfigError where rows behind
-    the text are asked of a method other than `prompt`.
+    themselves, and where the source has none in one place they are taken from the other. Keys keep the rotation of the
+    position where they stood: for a `kv` of the same length at the same positions the start is exact, a repeated or
+    moved row looks to the text as if it still stood at its old place, and training sees to the rest. Raises ConfigError
+    where rows behind the text are asked of a method other than `prompt`.
     """
     num = block.num_soft
     if isinstance(vectors, SoftPrompt):
-        behind = vectors.vectors if vectors.after is None else vectors.after
-        return SoftPrompt(_rows_tiled(vectors.vectors, num, 0), block, _rows_tiled(behind, after, 0) if after else None)
+        front, behind = vectors.vectors, vectors.vectors if vectors.after is None else vectors.after
+        front = front if len(front) else behind
+        return SoftPrompt(_rows_tiled(front, num, 0), block, _rows_tiled(behind, after, 0) if after else None)
     if after:
         raise ConfigError(f"method {vectors.method} has no vectors behind the input, the template asks for {after}")
     if isinstance(vectors, SoftPrefix):

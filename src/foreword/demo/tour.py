@@ -163,7 +163,9 @@ def _publish(
         assert result.artefact is not None
         first = run.config.method == METHODS[0]
         why = f"{report.metric} {report.score:.3f} on test"
-        versions[run.name] = registry.publish(result.artefact, alias="prod" if first else None, who="demo", why=why)
+        versions[run.name] = registry.publish(
+            result.artefact, alias="prod" if first else None, who="demo", why=why, evaluation=report.to_json()
+        )
     return versions
 
 
@@ -218,7 +220,7 @@ def _switch(registry: Registry, url: str) -> list[Answer]:
     """Ask `triage` before its promotion to version 2, after it, and after the rollback."""
     text = _questions()[0][1]
     answers = [ask(url, "triage", text)]
-    registry.promote("triage@2", who="demo", why="the prefix scores higher", force=True)
+    registry.promote("triage@2", who="demo", why="the prefix scores higher")
     answers.append(_ask_until(url, text, "triage@2"))
     registry.rollback("triage", who="demo", why="to show that it is one command")
     answers.append(_ask_until(url, text, "triage@1"))
