@@ -77,7 +77,7 @@ class Scheduler:
         """Admit what fits and return the next step; `num_computed` of its rows is for the caller to advance."""
         plan = StepPlan()
         while self.waiting and len(self.running) < self.max_batch:
-            admission = self._admit(self.waiting[0])
+            admission = self._admit(self.waiting[0], {a.sequence.prefix for a in plan.admissions})
             if admission is None:
                 break
             self.running.append(self.waiting.popleft())
@@ -150,8 +150,11 @@ class Scheduler:
             [*(start.blocks for start in starts if start), *(sequence.blocks for sequence in self.running)]
         )
 
-    def _admit(self, sequence: Sequence) -> Admission | None:
-        """Give a row its blocks, or return None where they are not to be had yet."""
+    def _admit(self, sequence: Sequence, needed: set[PrefixEntry | None]) -> Admission | None:
+        """Give a row its blocks, or return None where they are not to be had yet.
+
+        Prefixes in `needed` stay: earlier rows of the same step are yet to read them.
+        """
         siblings, entry, size = sequence.siblings, sequence.prefix, self.pool.block_size
         if siblings is not None and siblings.leader is not None:
             return None  # a sibling is about to have computed the prompt
@@ -160,7 +163,7 @@ class Scheduler:
         num_cached = start.num_positions if start else sequence.num_prefix
         num_own = count_blocks(sequence.max_positions, size) - num_cached // size
         num_entry = count_blocks(sequence.num_prefix, size) if is_loading else 0
-        if not self._make_room(num_own + num_entry, keep=entry):
+        if not self._make_room(num_own + num_entry, keep={entry, *needed}):
             return None
         if is_loading and entry is not None:
             start = entry.start = Start(self.pool.allocate(num_entry), entry.num_positions)
@@ -188,11 +191,11 @@ class Scheduler:
             self.pool.release(siblings.start.blocks)
             siblings.start = None
 
-    def _make_room(self, num_blocks: int, keep: PrefixEntry | None) -> bool:
+    def _make_room(self, num_blocks: int, keep: set[PrefixEntry | None]) -> bool:
         """Have `num_blocks` free, if need be by taking out prefixes whose blocks no row shares, oldest use first."""
         if self.pool.num_free >= num_blocks:
             return True
-        unshared = [entry for entry in self.resident if entry is not keep and self._is_unshared(entry)]
+        unshared = [entry for entry in self.resident if entry not in keep and self._is_unshared(entry)]
         if self.pool.num_free + sum(len(e.start.blocks) for e in unshared if e.start) < num_blocks:
             return False
         for entry in unshared:
