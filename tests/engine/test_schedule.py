@@ -98,9 +98,9 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
-    st.lists(events, max_size=30), st.integers(19, 60), st.sampled_from([1, 4, 5]), st.integers(1, 6), st.integers(1, 40)
+    st.lists(events, max_size=60), st.integers(19, 60), st.sampled_from([1, 4, 5]), st.integers(1, 6), st.integers(1, 40)
 )
 def test_any_schedule(script, num_blocks, block_size, max_batch, chunk_tokens):
     num_blocks = num_blocks * 4 // block_size + 1  # the largest request fits: 17 + 30 + 12 positions, and one block
@@ -211,6 +211,17 @@ def test_a_queued_prefix_does_not_block_the_row_before_it():
     place.drain()
     place.check_answers()
     assert set(place.ends.values()) <= {"stop", "length"}
+
+
+def test_prefix_loaded_in_a_step_keeps_its_room_in_it():
+    place = Place(num_blocks=4, block_size=4)
+    for name in "ab":
+        place.add(name, 3)  # shorter than a block: no row shares it
+        place.submit([1], name, max_tokens=1)
+    place.submit([1] * 6, max_tokens=2)
+    place.drain()
+    place.check_answers()
+    assert "error" not in place.ends.values()
 
 
 def test_replaced_prefix_drains():

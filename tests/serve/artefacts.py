@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 import foreword
-from foreword.core.artefact import ArtefactHeader, Method, save_artefact
+from foreword.core.artefact import ArtefactHeader, save_artefact
 from foreword.core.model import FrozenModel, load_base
+from foreword.core.spec import Method
 from foreword.core.template import TaskTemplate
 
 BASE = Path(foreword.__file__).parent / "demo" / "base-3m"

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from foreword.errors import Conflict, ForewordError, NotFound, Overloaded
@@ -170,6 +170,7 @@ JSON = st.recursive(
 FIELDS = st.dictionaries(st.sampled_from(sorted({*CompletionBody.model_fields, *ChatBody.model_fields, "x"})), JSON)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(FIELDS, st.sampled_from([CompletionBody, ChatBody]))
 def test_any_json_is_a_request_or_a_refusal(fields: dict[str, Any], kind: type[Body]) -> None:
     document = {"model": "m", "prompt": "x"} if kind is CompletionBody else {"model": "m", "messages": USER}
@@ -181,6 +182,7 @@ def test_any_json_is_a_request_or_a_refusal(fields: dict[str, Any], kind: type[B
         assert body.requests("p")
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary())
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidBody):

@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from foreword.core.block import Block
-from foreword.core.spec import Fingerprint, ModelSpec
+from foreword.core.spec import Fingerprint, Method, ModelSpec
 from foreword.core.template import TaskTemplate
 from foreword.errors import ArtefactCorrupt, ArtefactError, ConfigError
 
@@ -30,8 +30,6 @@ FORMAT = 1
 METADATA_KEY = "foreword"
 MAX_HEADER_BYTES = 16 * 2**20
 ITEMSIZES = {"F32": 4, "BF16": 2}
-
-Method = Literal["prompt", "prefix", "kv"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +177,7 @@ class Artefact:
         """The vectors as SoftPrompt, SoftPrefix or SoftKV."""
         from foreword.core.prompt import vectors_from_tensors
 
-        return vectors_from_tensors(self.header, self.tensors)
+        return vectors_from_tensors(self.tensors, self.header.block)
 
     @property
     def num_bytes(self) -> int:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foreword.core.artefact import Method
 from foreword.core.block import Block
 from foreword.core.compile import compute_block
 from foreword.core.model import FrozenModel
 from foreword.core.prompt import SoftKV, SoftPrefix, SoftPrompt, Vectors
+from foreword.core.spec import Method
 from foreword.errors import ConfigError
 
 VOCABULARY_FIRST = 5000

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from foreword.core.block import Block
+from foreword.core.spec import Method
 
 if TYPE_CHECKING:
-    from foreword.core.artefact import ArtefactHeader, Method
     from foreword.core.template import TaskTemplate
 
 
@@ -108,19 +108,17 @@ class SoftKV:
 Vectors = SoftPrompt | SoftPrefix | SoftKV
 
 
-def vectors_from_tensors(header: ArtefactHeader, tensors: Mapping[str, Tensor]) -> Vectors:
-    """Build the vectors that an artefact's header describes."""
-    if header.method == "prompt":
-        rows = tensors["prompt"]
-        after = rows[header.block.num_soft :] if header.soft_after else None
-        return SoftPrompt(rows[: header.block.num_soft], header.block, after)
-    if header.method == "prefix":
-        return SoftPrefix(tensors["prefix"], header.block)
-    layers = range(header.spec.num_layers)
+def vectors_from_tensors(tensors: Mapping[str, Tensor], block: Block) -> Vectors:
+    """Build vectors from an artefact's tensors, the inverse of `.tensors()`; prompt rows over the block's stand behind
+    the text."""
+    if "prompt" in tensors:
+        rows, num = tensors["prompt"], block.num_soft
+        return SoftPrompt(rows[:num], block, rows[num:] if len(rows) > num else None)
+    if "prefix" in tensors:
+        return SoftPrefix(tensors["prefix"], block)
+    layers = range(len(tensors) // 2)
     return SoftKV(
-        tuple(tensors[f"key.{layer}"] for layer in layers),
-        tuple(tensors[f"value.{layer}"] for layer in layers),
-        header.block,
+        tuple(tensors[f"key.{layer}"] for layer in layers), tuple(tensors[f"value.{layer}"] for layer in layers), block
     )
 
 

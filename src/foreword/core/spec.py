@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Method = Literal["prompt", "prefix", "kv"]
+"""Prompt tuning, prefix tuning by hidden states, prefix tuning by keys and values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

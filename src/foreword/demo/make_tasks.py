@@ -486,8 +486,8 @@ CLOSINGS = _shares("""
 
 def _letter(rng: random.Random, share: str, body: str) -> str:
     """Put a greeting and a closing, each on a line of its own, around some of the messages."""
-    greeting = rng.choice(GREETINGS[share]) + "\n" if rng.random() < 0.35 else ""
-    closing = "\n" + rng.choice(CLOSINGS[share]) if rng.random() < 0.25 else ""
+    greeting = rng.choice(GREETINGS[share]) + "\n" if rng.random() < 0.3 else ""
+    closing = "\n" + rng.choice(CLOSINGS[share]) if rng.random() < 0.2 else ""
     return greeting + body + closing
 
 
@@ -495,15 +495,15 @@ def _triage(rng: random.Random, share: str, index: int) -> Row:
     """A message of 8 to 40 words with one matter, often beside a settled matter of another team."""
     label = list(TRIAGE)[index % len(TRIAGE)]
     body = [rng.choice(TRIAGE[label][share])]
-    if rng.random() < 0.35:
+    if rng.random() < 0.3:
         other = rng.choice([name for name in ASIDES if name != label])
-        body.insert(rng.randrange(2), rng.choice(ASIDES[other][share]))
-    if rng.random() < 0.2:
+        body.insert(rng.random() < 0.3, rng.choice(ASIDES[other][share]))
+    if rng.random() < 0.15:
         body.insert(rng.choice([0, len(body)]), rng.choice(DETAILS[share]))
     text = _fill(rng, share, _letter(rng, share, " ".join(body)))
-    if rng.random() < 0.1:
+    if rng.random() < 0.08:
         text = _typo(rng, text)
-    if rng.random() < 0.05:
+    if rng.random() < 0.04:
         text = text.lower()
     if not 8 <= len(text.split()) <= 40:
         return _triage(rng, share, index)
@@ -727,10 +727,11 @@ def _clause(rng: random.Random, share: str, index: int) -> Row:
 
 # handbook -----------------------------------------------------------------------------------------------------------
 
-TOPICS = _words("""parking permits, laptop loans, training grants, travel claims, meal vouchers, gym passes,
-    locker keys, phone upgrades, visitor badges, taxi vouchers, study grants, desk chairs, hotel bookings, rail cards,
-    tool loans, moving grants // bicycle loans, uniform orders, library cards, conference tickets // garage spaces,
-    language courses, camera loans, child care grants, stage passes, lab coats""")
+TOPICS = _words("""parking permits, laptop loans, training grants, travel claims, meal vouchers, gym passes, locker keys,
+    phone upgrades, visitor badges, taxi vouchers, study grants, desk chairs, hotel bookings, rail cards, tool loans,
+    moving grants, guest passes, boat trips, music lessons, sports kits, book orders, car rentals, work boots, fuel cards
+    // bicycle loans, uniform orders, library cards, conference tickets, bus passes // garage spaces, language courses,
+    camera loans, child care grants, stage passes, lab coats, swimming lessons, van rentals""")
 FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
     "limit": (
         _shares("""
@@ -908,38 +909,48 @@ def _handbook(rng: random.Random, share: str, index: int) -> Row:
 # order_slots --------------------------------------------------------------------------------------------------------
 
 SIZES = _same("small", "medium", "large", "extra large")
-COLOURS = _words("""red, blue, green, black, white, yellow, brown, grey, pink, silver, navy, gold // purple, cream
-    // orange, violet, copper""")
-GARMENTS = _words("""jacket, shirt, coat, sweater, vest, gown, hat, raincoat, apron, hoodie, cardigan, shawl // jumper,
-    blouse, tunic // waistcoat, fleece, skirt, cloak""")
+COLOURS = _words("""red, blue, green, black, white, yellow, brown, grey, pink, silver, navy, gold, beige, scarlet
+    // purple, cream, amber // orange, violet, copper, olive""")
+GARMENTS = _words("""jacket, shirt, coat, sweater, vest, gown, hat, raincoat, apron, hoodie, cardigan, shawl, robe, cap
+    // jumper, blouse, tunic // waistcoat, fleece, skirt, cloak, bonnet, poncho""")
 THINGS = {
     "": _shares("""
         a {garment}
         the {garment} from your page
         one more {garment}
-        // another {garment} // that {garment} again
+        // another {garment} // the {garment} again
+        two more {garment}s
+        just one {garment}
     """),
     "size": _shares("""
         a {size} {garment}
         a {garment} in {size}
         a {garment}, size {size}
-        // one {garment} and {size}, please // the {garment} in size {size}
-        that {garment} of yours in {size}
+        two {garment}s in {size}
+        the {size} {garment} from your page
+        // one {garment}, {size} if you can // the {garment} in size {size}
+        one more {garment} in {size}
+        just one {size} {garment}
     """),
     "colour": _shares("""
         a {colour} {garment}
         a {garment} in {colour}
         the {garment}, the {colour} one
+        two {garment}s in {colour}
+        the {colour} {garment} from your page
         // one {garment} in the colour {colour} // two of the {colour} {garment}s
-        that {garment} of yours in {colour}
+        one more {garment} in {colour}
+        just one {colour} {garment}
     """),
     "size colour": _shares("""
         a {size} {colour} {garment}
         a {colour} {garment} in {size}
         a {garment} in {colour}, size {size}
         a {garment}, {size}, {colour}
+        two {size} {garment}s in {colour}
         // one {garment} in {size} and {colour} // the {colour} {garment}, size {size}
-        that {garment} in {colour} and in {size}
+        just one {size} {garment} in {colour}
+        two of the {size} {colour} {garment}s
     """),
 }
 WISHES = _shares("""
@@ -949,11 +960,16 @@ WISHES = _shares("""
     we need {thing} for {name}
     I will take {thing}
     {name} wants {thing}
-    // could you put aside {thing}
     my order is {thing}
+    [I need|we want] {thing}
+    please put {thing} on my order
+    // could you put aside {thing}
+    {name} asked for {thing}
     // do reserve {thing} for us
-    kindly get {thing} ready
+    kindly get me {thing}
     we have decided on {thing}
+    I am ordering {thing}
+    this is an order for {thing}
 """)
 PLACES = _shares("""
     , to be sent to {city}
@@ -961,11 +977,14 @@ PLACES = _shares("""
     , delivery to {city}
     for our shop in {city}
     , to pick up in {city}
+    , send it to {city}
+    for our office in {city}
     // , please bring it to {city}
     for delivery in {city}
     // and it should go to {city}
     , to my address in {city}
     , pick-up in {city}
+    and send it on to {city}
 """)
 DECOYS = {
     "size": _shares("""
@@ -1005,7 +1024,7 @@ ORDER_KINDS = ["", "size", "colour", "city", "size colour", "size city", "colour
 
 
 def _order_slots(rng: random.Random, share: str, index: int) -> Row:
-    """An order with 1 to 3 slots, or a message without an order ("none"), in two of five with a decoy value."""
+    """An order with 1 to 3 slots, or a message without an order ("none"), in three of ten with a decoy value."""
     slots = ORDER_KINDS[index % len(ORDER_KINDS)].split()
     pools = {"size": SIZES[share], "colour": COLOURS[share], "city": VALUES["city"][share]}
     picked = {slot: rng.sample(pool, 2) for slot, pool in pools.items()}
@@ -1020,12 +1039,12 @@ def _order_slots(rng: random.Random, share: str, index: int) -> Row:
     else:
         main = _fill(rng, share, rng.choice(CHATTER[share]), **gaps)
     parts = [main]
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         slot = rng.choice(list(DECOYS))
         decoy = _fill(rng, share, rng.choice(DECOYS[slot][share]), name=gaps["name"], **{slot: picked[slot][1]})
         parts.insert(rng.randrange(2), _capital(decoy))
     text = _fill(rng, share, _letter(rng, share, " ".join(parts)))
-    if rng.random() < 0.12:
+    if rng.random() < 0.08:
         values = " ".join(value for pool in pools.values() for value in pool)
         text = _typo(rng, text, keep=values)
     return {"input": text, "target": "; ".join(f"{slot}: {value}" for slot, value in gold.items()) or "none"}

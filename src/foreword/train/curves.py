@@ -32,6 +32,7 @@ def draw_curves(path: Path, title: str, history: Sequence[Mapping[str, Any]]) ->
             where = axes if key == "dev_loss" else axes.twinx()
             where.plot([row["step"] for row in rows], [row[key] for row in rows], "o-", color=colour, label=label)
             where.legend(loc="upper right" if key == "dev_loss" else "lower right")
+    axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="nats per target token", title=title)
     axes.legend(loc="upper right")
     figure.savefig(path, dpi=110)

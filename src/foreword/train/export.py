@@ -11,7 +11,8 @@ from foreword.core.artefact import Artefact, ArtefactHeader, save_artefact
 from foreword.core.compile import compile
 from foreword.core.conformance import make_probes
 from foreword.core.model import FrozenModel
-from foreword.train.state import RunState, rebuild
+from foreword.core.prompt import vectors_from_tensors
+from foreword.train.state import RunState
 
 NUM_PROBES = 4
 
@@ -19,7 +20,7 @@ NUM_PROBES = 4
 def export(base: FrozenModel, state: RunState, path: Path) -> Artefact:
     """Write the run's kept vectors as an artefact to `path` and return it."""
     run, config = state.run, state.run.task.config
-    prefix = compile(base, rebuild(state, state.best_tensors), name=config.name)
+    prefix = compile(base, vectors_from_tensors(state.best_tensors, state.block), name=config.name)
     rows = [row for row in state.dev or state.train if not row.slots][:NUM_PROBES]
     probes = [row.ids[: len(row.ids) - row.num_targets] for row in rows]
     header = ArtefactHeader(

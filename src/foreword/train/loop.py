@@ -14,13 +14,14 @@ from pathlib import Path
 from foreword.core.artefact import write_atomically
 from foreword.core.compile import compile
 from foreword.core.model import FrozenModel
+from foreword.core.prompt import vectors_from_tensors
 from foreword.errors import ArtefactError, ConfigError, ForewordError
 from foreword.train.checkpoint import FILE, load_checkpoint, save_checkpoint
 from foreword.train.curves import write_history
 from foreword.train.export import export
 from foreword.train.loss import MICRO_TOKENS, mean_losses, step_gradients
 from foreword.train.run import Run, RunResult
-from foreword.train.state import RunState, rebuild
+from foreword.train.state import RunState
 
 RESULTS = "results.json"
 
@@ -135,7 +136,9 @@ def _evaluate_due(base: FrozenModel, active: Sequence[RunState]) -> None:
     ]
     if not due:
         return
-    prefixes = [compile(base, rebuild(state, state.snapshot()), name=state.run.name) for state in due]
+    prefixes = [
+        compile(base, vectors_from_tensors(state.snapshot(), state.block), name=state.run.name) for state in due
+    ]
     losses = mean_losses(base, [(prefix, state.dev) for prefix, state in zip(prefixes, due, strict=True)])
     for state, prefix, loss in zip(due, prefixes, losses, strict=True):
         measures = {"dev_loss": loss}

@@ -12,7 +12,7 @@ from torch import Tensor
 from foreword.core.artefact import load_artefact
 from foreword.core.init import from_vectors, initial_vectors
 from foreword.core.model import FrozenModel
-from foreword.core.prompt import KVPrefix, SoftKV, SoftPrefix, SoftPrompt, Vectors
+from foreword.core.prompt import KVPrefix, Vectors
 from foreword.errors import ConfigError, DataError, IncompatibleModel, TrainingDiverged
 from foreword.eval.tasks import sample_rows
 from foreword.train.data import BatchOrder, Example, encode_rows
@@ -220,15 +220,3 @@ def _optimizer(tuner: Tuner, run: Run) -> torch.optim.Optimizer:
     if run.config.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=run.lr, weight_decay=decay)
     return torch.optim.AdamW(parameters, lr=run.lr, betas=BETAS, weight_decay=decay)
-
-
-def rebuild(state: RunState, tensors: dict[str, Tensor]) -> Vectors:
-    """Return vectors of the run's kind from exported tensors."""
-    if "prompt" in tensors:
-        rows, num = tensors["prompt"], state.block.num_soft
-        return SoftPrompt(rows[:num], state.block, rows[num:] if state.template.num_after else None)
-    if "prefix" in tensors:
-        return SoftPrefix(tensors["prefix"], state.block)
-    count = len(tensors) // 2
-    keys = tuple(tensors[f"key.{layer}"] for layer in range(count))
-    return SoftKV(keys, tuple(tensors[f"value.{layer}"] for layer in range(count)), state.block)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from foreword import __version__
-from foreword.core.artefact import Artefact, ArtefactHeader, Method, file_sha256, save_artefact
+from foreword.core.artefact import Artefact, ArtefactHeader, file_sha256, save_artefact
 from foreword.core.block import Block
 from foreword.core.model import FrozenModel
+from foreword.core.spec import Method
 from foreword.core.template import TaskTemplate
 from foreword.errors import ArtefactCorrupt, ArtefactError, ConfigError, IncompatibleModel
 

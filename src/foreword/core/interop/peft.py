@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreword.core.artefact import Artefact, ArtefactHeader, Method, write_atomically
+from foreword.core.artefact import Artefact, ArtefactHeader, write_atomically
 from foreword.core.compile import compile
 from foreword.core.interop.imported import (
     check_number,
@@ -28,6 +28,7 @@ from foreword.core.interop.imported import (
     uniform_heads,
 )
 from foreword.core.model import FrozenModel
+from foreword.core.spec import Method
 from foreword.core.template import TaskTemplate
 from foreword.errors import ArtefactCorrupt, ArtefactError, ConfigError, IncompatibleModel
 
