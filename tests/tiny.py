@@ -74,12 +74,14 @@ SIX = ["llama", "qwen3", "gemma3", "gpt2", "bloom", "mistral-window", "qwen3-moe
 
 
 @cache
-def tiny(name: str, dtype: str = "float32", seed: int = 0) -> FrozenModel:
+def tiny(name: str, dtype: str = "float32", seed: int = 0, vocab_size: int = 97, tokenizer: Any = None) -> FrozenModel:
     """Return a frozen tiny model; the same object for the same arguments."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).to(getattr(torch, dtype))
+    config = CONFIGS[name]()
+    config.vocab_size = vocab_size
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     with torch.no_grad():  # random weights of std 0.02 hardly attend: make differences visible
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4.0)
-    return FrozenModel(model)
+    return FrozenModel(model, tokenizer)

@@ -16,9 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import foreword.demo
 from foreword.core import artefact as artefact_module
 from foreword.core.artefact import (
     MAX_HEADER_BYTES,
@@ -35,11 +34,11 @@ from foreword.core.compile import check_base, compile
 from foreword.core.model import FrozenModel, load_base
 from foreword.core.spec import Fingerprint
 from foreword.errors import ArtefactCorrupt, ArtefactError, IncompatibleModel
+from tests.bundled import BASE
 from tests.tiny import tiny
 
 METHODS = ["prompt", "prefix", "kv"]
 BLOCK = Block(((1, 7), 3, (9,), 2))
-BASE_3M = Path(foreword.demo.__file__).parent / "base-3m"
 
 
 def header(method="prompt", base=None, **changes):
@@ -499,15 +498,13 @@ def test_a_changed_base_has_another_fingerprint():
 
 
 def test_the_dtype_it_is_loaded_in_does_not_change_a_base(tmp_path):
-    prints = [load_base(str(BASE_3M), dtype=dtype).fingerprint for dtype in ("float32", "bfloat16", "auto")]
+    prints = [load_base(str(BASE), dtype=dtype).fingerprint for dtype in ("float32", "bfloat16", "auto")]
     assert prints[0] == prints[1] == prints[2]
     assert all(dataclasses.asdict(prints[0]).values())
-    shutil.copytree(BASE_3M, tmp_path / "base")
+    shutil.copytree(BASE, tmp_path / "base")
     settings_file = tmp_path / "base" / "tokenizer_config.json"
     settings_file.write_text(settings_file.read_text().replace("<|end|>", "<|user|>", 1))
-    model = AutoModelForCausalLM.from_pretrained(BASE_3M)
-    from transformers import AutoTokenizer
-
+    model = AutoModelForCausalLM.from_pretrained(BASE)
     other = FrozenModel(model, AutoTokenizer.from_pretrained(tmp_path / "base")).fingerprint
     assert prints[0].first_difference(other)[0] in ("tokenizer_sha256", "chat_template_sha256")
     assert FrozenModel(model).fingerprint.first_difference(prints[0]) is None

@@ -1,19 +1,16 @@
 """Initialisers: exact rows, typical norms, determinism; a prefix or kv starts as the prompt of the same text does."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-import foreword.demo
 from foreword.core import init
 from foreword.core.block import Block
 from foreword.core.compile import compile
 from foreword.core.forward import forward
 from foreword.core.init import from_labels, from_text, from_vectors, from_vocabulary, initial_vectors, random_at_norm
-from foreword.core.model import load_base
 from foreword.core.prompt import SoftKV, SoftPrefix, SoftPrompt
 from foreword.errors import ConfigError
+from tests.bundled import bundled
 from tests.tiny import NAMES, tiny
 
 BLOCK = Block(((1, 7), 4, (9,), 3))
@@ -22,7 +19,7 @@ ROW = [5, 6, 7, 31, 8, 9, 11]
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base(str(Path(foreword.demo.__file__).parent / "base-3m"))
+    return bundled("bfloat16")
 
 
 def ids(base, text):

@@ -9,18 +9,19 @@ import numpy
 import peft
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import foreword.demo
 from foreword.core.artefact import Artefact, ArtefactHeader, load_artefact, save_artefact
 from foreword.core.block import Block
 from foreword.core.compile import compile, uncompiled_logits
 from foreword.core.forward import forward
 from foreword.core.interop import export_peft, import_cartridge_pt, import_npy, import_peft, import_peft_multitask
-from foreword.core.model import load_base
 from foreword.core.prompt import SoftKV, SoftPrefix, SoftPrompt
 from foreword.core.template import TaskTemplate
 from foreword.errors import ArtefactCorrupt, ArtefactError, ConfigError, IncompatibleModel
+from tests.bundled import bundled
 from tests.tiny import tiny
 
 pytestmark = [
@@ -213,8 +214,8 @@ def test_a_bfloat16_base_gives_pefts_logits(tmp_path):
     assert (ours.float() - theirs.float()).abs().max() <= 6e-2 * theirs.float().std()
 
 
-def test_a_template_says_what_text_follows_the_vectors(base_3m, tmp_path):
-    base = base_3m
+def test_a_template_says_what_text_follows_the_vectors(tmp_path):
+    base = bundled()
     peft_model(base, CONFIGS["PROMPT_TUNING"]()).save_pretrained(tmp_path)
     template = TaskTemplate(text=f"{{soft:{NUM}}}{{input}}", chat=True)
     artefact = import_peft(tmp_path, base, template=template)
@@ -230,11 +231,6 @@ def test_a_template_says_what_text_follows_the_vectors(base_3m, tmp_path):
             import_peft(tmp_path, base, template=TaskTemplate(text=text))
     with pytest.raises(ConfigError, match="tokenizer"):
         import_peft(saved(tmp_path / "tiny"), tiny("llama"), template=template)
-
-
-@pytest.fixture(scope="module")
-def base_3m():
-    return load_base(str(Path(foreword.demo.__file__).parent / "base-3m"), dtype="float32")
 
 
 def saved(folder, kind="PROMPT_TUNING", name="llama", **changes):
@@ -323,6 +319,34 @@ def test_missing_and_broken_files_are_named(tmp_path):
         (folder / "adapter_config.json").write_text(text)
         with pytest.raises(ArtefactCorrupt, match=r"adapter_config\.json"):
             import_peft(folder, base)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.data())
+def test_damaged_files_of_any_format_are_refused_as_such(where, tmp_path):
+    """Flipped and missing bytes give an ArtefactError or other numbers, never another exception."""
+    base, kind = tiny("llama"), where.draw(st.sampled_from(["config", "safetensors", "bin", "pt", "npy"]))
+    folder = saved(tmp_path / kind)
+    file = folder / {"config": "adapter_config.json", "safetensors": "adapter_model.safetensors"}.get(kind, f"x.{kind}")
+    if kind == "bin":
+        file = folder / "adapter_model.bin"
+        torch.save(load_file(folder / "adapter_model.safetensors"), file)
+        (folder / "adapter_model.safetensors").unlink()
+    elif kind == "pt":
+        torch.save(cartridge(base, num=1), file)
+    elif kind == "npy":
+        numpy.save(file, numpy.ones((NUM, 64), dtype="float32"))
+    data = bytearray(file.read_bytes())
+    for _ in range(where.draw(st.integers(0, 4))):
+        data[where.draw(st.integers(0, min(len(data) - 1, 3000)))] ^= where.draw(st.integers(1, 255))
+    file.write_bytes(data[: where.draw(st.integers(0, len(data)))] if where.draw(st.booleans()) else data)
+    importer = {"pt": import_cartridge_pt, "npy": import_npy}.get(kind)
+    try:
+        artefact = importer(file, base) if importer else import_peft(folder, base)
+    except ArtefactError:
+        return
+    assert {name: tuple(t.shape) for name, t in artefact.tensors.items()} == artefact.header.tensor_shapes()
+    assert all(torch.isfinite(tensor).all() for tensor in artefact.tensors.values())
 
 
 def test_a_float16_file_becomes_float32_without_loss(tmp_path):

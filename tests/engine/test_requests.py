@@ -95,7 +95,9 @@ def test_unknown_prefix_names_the_near_ones(engine):
 
 
 def test_too_long_for_the_base_names_both_numbers(engine):
-    with pytest.raises(BadRequest, match=r"prefix 7 \+ prompt 200 \+ max_tokens 50 = 257 positions, the base takes 256"):
+    with pytest.raises(
+        BadRequest, match=r"prefix 7 \+ prompt 200 \+ max_tokens 50 = 257 positions, the base takes 256"
+    ):
         engine.submit(Request(prompt_ids=[5] * 200, prefix="prompt", max_tokens=50), print)
 
 

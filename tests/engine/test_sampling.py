@@ -45,8 +45,6 @@ def test_rows_of_all_kinds_share_a_batch():
 
 def test_penalties():
     logits = logits_of(20)
-    one = row(prompt=(3, 4), answer=(5, 5, 6), logprobs=20, repetition_penalty=1.5, presence_penalty=0.3)
-    one.request.__class__  # noqa: B018
     both = row(
         prompt=(3, 4),
         answer=(5, 5, 6),
@@ -157,7 +155,9 @@ def test_logprobs_equal_those_of_core_forward(name):
         assert [entry.token_id for entry in found] == list(output.token_ids)
         for entry, expected in zip(found, right, strict=True):
             assert entry.logprob == pytest.approx(expected[entry.token_id].item(), abs=2e-4)
-            assert entry.top == pytest.approx({i: expected[i].item() for i in expected.topk(3).indices.tolist()}, abs=2e-4)
+            assert entry.top == pytest.approx(
+                {i: expected[i].item() for i in expected.topk(3).indices.tolist()}, abs=2e-4
+            )
 
 
 def test_repetition_penalty_sees_the_prompt_but_not_the_prefix():

@@ -100,7 +100,11 @@ events = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(events, max_size=60), st.integers(19, 60), st.sampled_from([1, 4, 5]), st.integers(1, 6), st.integers(1, 40)
+    st.lists(events, max_size=60),
+    st.integers(19, 60),
+    st.sampled_from([1, 4, 5]),
+    st.integers(1, 6),
+    st.integers(1, 40),
 )
 def test_any_schedule(script, num_blocks, block_size, max_batch, chunk_tokens):
     num_blocks = num_blocks * 4 // block_size + 1  # the largest request fits: 17 + 30 + 12 positions, and one block

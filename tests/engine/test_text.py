@@ -222,7 +222,9 @@ def test_soft_slots_behind_the_text(chunk_tokens):
     prefix = dataclasses.replace(prefix, template=template)
     engine = Engine(base, kv_memory="16MiB", block_size=4, chunk_tokens=chunk_tokens)
     engine.add_prefix("task", prefix)
-    requests = [Request(prompt=text, prefix="task", max_tokens=8, ignore_eos=True) for text in ("a b", "some longer text")]
+    requests = [
+        Request(prompt=text, prefix="task", max_tokens=8, ignore_eos=True) for text in ("a b", "some longer text")
+    ]
     requests.append(Request(prompt="plain text", max_tokens=8, ignore_eos=True))
     requests.append(Request(prompt="a b", prefix="task", max_tokens=8, ignore_eos=True, n=2, repetition_penalty=1.3))
     outputs = engine.generate(requests)

@@ -57,7 +57,7 @@ def make_artefact(
         block=leading_block(base, num, template),
         base=base.fingerprint,
         spec=base.spec,
-        template=template.to_json() if template is not None else None,
+        template=template and {**template.to_json(), "sha256": template.sha256(base.tokenizer)},
         training={"imported_from": origin},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         foreword=__version__,
