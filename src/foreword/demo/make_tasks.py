@@ -52,8 +52,8 @@ def _splits(task: str, make: Callable[[random.Random, str, int], Row]) -> dict[s
         num_new = round(num_rows * NEW_SHARE)
         while len(rows) < num_rows:
             row = make(rng, split if len(rows) < num_new else "train", len(rows))
-            if row["input"] not in used:
-                used.add(row["input"])
+            if (key := row["input"].lower()) not in used:
+                used.add(key)
                 rows.append(row)
         rng.shuffle(rows)
         splits[split] = rows

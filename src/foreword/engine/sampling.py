@@ -136,31 +136,50 @@ def draw(logits: Tensor, rows: Rows[Sequence]) -> Tensor:
     device = logits.device
     requests = [row.request for row in rows]
     logits = logits / torch.tensor([[request.temperature] for request in requests], device=device)
-    for place, request in enumerate(requests):
-        if request.top_k or request.top_p < 1.0:
-            logits[place] = _keep_best(logits[place], request.top_k, request.top_p)
-    cumulated = torch.softmax(logits.double(), dim=-1).cumsum(-1)
     numbers = [[uniform(row.seed, row.index, row.num_answer)] for row in rows]
-    target = torch.tensor(numbers, dtype=torch.float64, device=device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    number = torch.tensor(numbers, dtype=torch.float64, device=device)
+    cut = [place for place, request in enumerate(requests) if request.top_k or request.top_p < 1.0]
+    if not cut:
+        return _pick(torch.softmax(logits, dim=-1), number)
+    tokens = _draw_among_best(logits[cut], number[cut], [requests[place] for place in cut])
+    if len(cut) == len(rows):
+        return tokens
+    found = _pick(torch.softmax(logits, dim=-1), number)
+    found[cut] = tokens
+    return found
 
 
-def _keep_best(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Return a row's logits [V], -inf outside the `top_k` best and outside the fewest that hold `top_p` of the rest."""
-    vocab_size = logits.shape[-1]
-    count = min(top_k or HEAD_SIZE, vocab_size)
+def _draw_among_best(logits: Tensor, number: Tensor, requests: Rows[Request]) -> Tensor:
+    """Return one token per row from the `top_k` best, and of those from the fewest that hold `top_p`."""
+    device, vocab_size = logits.device, logits.shape[-1]
+    top_k = torch.tensor([[request.top_k or vocab_size] for request in requests], device=device)
+    top_p = torch.tensor([[request.top_p] for request in requests], dtype=torch.float64, device=device)
+    count = min(vocab_size, max(request.top_k or HEAD_SIZE for request in requests))
     best, ids = logits.topk(count)
-    if top_p < 1.0:
-        total = best.double().logsumexp(0) if top_k else logits.double().logsumexp(0)
-        before = (best.double() - total).exp().cumsum(0).roll(1)
-        before[0] = 0.0
-        if not top_k and count < vocab_size and bool(before[-1] < top_p):
-            best, ids = logits.sort(descending=True)
-            before = (best.double() - total).exp().cumsum(0).roll(1)
-            before[0] = 0.0
-        kept = before < top_p
-        best, ids = best[kept], ids[kept]
-    return torch.full_like(logits, -torch.inf).index_copy(0, ids, best)
+    is_kept = torch.arange(count, device=device) < top_k
+    # among top-k alone those are the whole; without it, what lies behind the head counts as well
+    whole = torch.where(
+        top_k[:, 0] < vocab_size,
+        best.masked_fill(~is_kept, -torch.inf).logsumexp(-1),
+        logits.logsumexp(-1),
+    )
+    shares = (best - whole[:, None]).double().exp() * is_kept
+    before = shares.cumsum(-1) - shares
+    tokens = ids.gather(1, _pick(shares * (before < top_p), number)[:, None])[:, 0]
+    reached = before[:, -1] + shares[:, -1] >= top_p[:, 0]
+    missed = [] if count == vocab_size else (~reached & (top_k[:, 0] == vocab_size)).nonzero()[:, 0].tolist()
+    if missed:  # a flat distribution: the head does not hold top_p, so look at all
+        shares, order = torch.softmax(logits[missed].double(), dim=-1).sort(descending=True)
+        shares *= shares.cumsum(-1) - shares < top_p[missed]
+        tokens[missed] = order.gather(1, _pick(shares, number[missed])[:, None])[:, 0]
+    return tokens
+
+
+def _pick(shares: Tensor, number: Tensor) -> Tensor:
+    """Return the place [B] where the cumulated `shares` [B, n] pass `number` [B, 1] of their sum."""
+    cumulated = shares.cumsum(-1, dtype=torch.float64)
+    places = torch.searchsorted(cumulated, number * cumulated[:, -1:], right=True)
+    return places[:, 0].clamp(max=shares.shape[-1] - 1)
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, counts: Rows[int]) -> list[TokenLogprob]:

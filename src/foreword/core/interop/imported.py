@@ -51,13 +51,15 @@ def make_artefact(
     num = next(iter(tensors.values())).shape[0 if method == "prompt" else 1]
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     origin = {**source, "file": file.name, "sha256": file_sha256(file), "dtype": ", ".join(dtypes)}
+    block = leading_block(base, num, template)
+    rendering = {**template.to_json(), "sha256": template.sha256(base.tokenizer)} if template is not None else None
     header = ArtefactHeader(
         method=method,
         task=task or file.resolve().parent.name,
-        block=leading_block(base, num, template),
+        block=block,
         base=base.fingerprint,
         spec=base.spec,
-        template=template and {**template.to_json(), "sha256": template.sha256(base.tokenizer)},
+        template=rendering,
         training={"imported_from": origin},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         foreword=__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 from pathlib import Path
 
 import numpy
@@ -14,6 +15,8 @@ from foreword.core.template import TaskTemplate
 from foreword.errors import ArtefactCorrupt
 
 FLOATS = ("float16", "float32", "float64")
+READ_ERRORS = (OSError, ValueError, TypeError, EOFError, SyntaxError, tokenize.TokenError, OverflowError, MemoryError)
+"""What numpy.load raises on files that are no array; it reads the header as a Python literal."""
 
 
 def import_npy(
@@ -36,7 +39,7 @@ def import_npy(
         array = numpy.load(path, mmap_mode="r", allow_pickle=False)  # mapped: shape is judged before memory is taken
     except FileNotFoundError as error:
         refuse_unreadable(path, error)
-    except (OSError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError) as error:
+    except READ_ERRORS as error:
         raise ArtefactCorrupt(f"{path}: not a .npy array ({error})", hint="Arrays of plain floats are read.") from error
     if not isinstance(array, numpy.ndarray):
         array.close()
