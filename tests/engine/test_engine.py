@@ -244,6 +244,24 @@ def test_failing_rows_end_with_error_and_neighbours_go_on(monkeypatch, caplog):
     assert all_free(engine)
 
 
+def test_row_whose_text_fails_ends_alone(caplog):
+    engine = engine_for("llama")
+    clients = [Client(), Client()]
+    tickets = [engine.submit(endless(max_tokens=4), client) for client in clients]
+
+    class Broken:
+        def push(self, ids):
+            raise OSError("no text")
+
+        flush = push
+
+    tickets[0].rows[0].stream = Broken()
+    while engine._loop.has_work:
+        engine._loop.step()
+    assert [client.reason for client in clients] == ["error", "length"]
+    assert "the end of a text is lost" in caplog.text
+
+
 def test_engine_that_always_fails_hangs_nobody(monkeypatch, caplog):
     engine = engine_for("llama")
     monkeypatch.setattr(engine.base, "run", lambda **inputs: 1 / 0)

@@ -102,7 +102,7 @@ def test_too_long_for_the_base_names_both_numbers(engine):
 
 
 def test_too_long_for_the_pool_names_both_numbers():
-    engine = Engine(tiny("bloom"), kv_memory=3 * 64 * 1024 * 4 // 3, block_size=16)
+    engine = Engine(tiny("bloom"), kv_memory=3 * 64 * 1024 * 2, block_size=16)
     blocks = engine.stats().blocks_total
     longest = Request(prompt_ids=[5] * (16 * blocks - 4), max_tokens=4)
     assert engine.generate([longest])[0].token_ids
@@ -128,7 +128,7 @@ def test_default_limits():
 
 def test_prefixes_that_cannot_be_held():
     base = tiny("llama")
-    small = Engine(base, kv_memory=768 * 4 * 4, block_size=4)
+    small = Engine(base, kv_memory=768 * 4 * 3 * 2, block_size=4)
     prefix = compile(base, SoftPrompt(torch.randn(9, 64)))
     with pytest.raises(ConfigError, match="need 4 blocks of 4 positions, the pool has 3"):
         small.add_prefix("big", prefix)
@@ -151,5 +151,5 @@ def test_sizes_of_an_engine(name):
 
 
 def test_too_little_memory():
-    with pytest.raises(ConfigError, match="three quarters of kv_memory 1000 bytes hold no block of 16 positions"):
+    with pytest.raises(ConfigError, match="half of kv_memory 1000 bytes holds no block of 16 positions"):
         Engine(tiny("llama"), kv_memory=1000)

@@ -1,6 +1,7 @@
 """Text: streamed pieces join to the whole, stop strings span tokens, choices come out as they are written."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -114,6 +115,24 @@ def test_end_token_ends_and_is_not_part_of_the_answer(engine):
     output = one(stopping)
     assert (output.token_ids, output.finish_reason) == (first[: first.index(first[5])], "stop")
     assert one(stopping, ignore_eos=True).token_ids == first
+
+
+def test_texts_from_many_threads():
+    """Prompts are encoded by the submitting threads while the loop's thread decodes answers."""
+    texts = [f"{PROMPT} {'word ' * index}" for index in range(6)]
+    requests = [Request(prompt=text, max_tokens=12, ignore_eos=True, stop=["zzz"]) for text in texts]
+    with Engine(bundled(), kv_memory="64MiB") as engine:
+        expected = engine.generate(requests)
+        found = {}
+        threads = [
+            threading.Thread(target=lambda worker=worker: found.update({worker: engine.generate(requests)}))
+            for worker in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert [found.get(worker) for worker in range(4)] == [expected] * 4
 
 
 CHOICES = ["red", "red wine", "Bordeaux", "white wine, dry", " red", "naïve café 🙂"]

@@ -727,11 +727,12 @@ def _clause(rng: random.Random, share: str, index: int) -> Row:
 
 # handbook -----------------------------------------------------------------------------------------------------------
 
-TOPICS = _words("""parking permits, laptop loans, training grants, travel claims, meal vouchers, gym passes, locker keys,
-    phone upgrades, visitor badges, taxi vouchers, study grants, desk chairs, hotel bookings, rail cards, tool loans,
-    moving grants, guest passes, boat trips, music lessons, sports kits, book orders, car rentals, work boots, fuel cards
-    // bicycle loans, uniform orders, library cards, conference tickets, bus passes // garage spaces, language courses,
-    camera loans, child care grants, stage passes, lab coats, swimming lessons, van rentals""")
+TOPICS = _words("""parking permits, laptop loans, training grants, travel claims, meal vouchers, gym passes,
+    locker keys, phone upgrades, visitor badges, taxi vouchers, study grants, desk chairs, hotel bookings, rail cards,
+    tool loans, moving grants, guest passes, boat trips, music lessons, sports kits, car rentals, work boots, fuel cards
+    // bicycle loans, uniform orders, library cards, conference tickets, bus passes
+    // garage spaces, language courses, camera loans, child care grants, stage passes, lab coats, swimming lessons,
+    van rentals""")
 FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
     "limit": (
         _shares("""

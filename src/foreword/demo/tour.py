@@ -84,11 +84,14 @@ def take_tour(
     test_rows: int | None = None,
 ) -> Tour:
     """Run the tour in `folder`, which must not hold an earlier one. `steps` and `test_rows` shorten it."""
+    from transformers.utils import logging
+
     from foreword.core.model import load_base
     from foreword.registry.store import Registry
     from foreword.train.loop import fit
 
     clock = _Clock()
+    logging.disable_progress_bar()  # the bundled base loads in a moment
     base = load_base(str(BASE))
     runs = [_run(task, method, steps) for task in TASKS for method in METHODS]
     say(f"base-3m, {base.spec.num_parameters:,} frozen parameters; {len(TASKS)} tasks, a prompt and a prefix for each")

@@ -24,8 +24,8 @@ from foreword.engine.scheduler import Scheduler
 from foreword.engine.sequence import PrefixEntry, Sequence
 from foreword.errors import BackendFailed, BadRequest, ConfigError, ForewordError, NotFound, Overloaded, did_you_mean
 
-POOL_SHARE = 3 / 4
-"""Part of `kv_memory` that the pool gets; the rest is for the decode window."""
+POOL_SHARE = 1 / 2
+"""Part of `kv_memory` that the pool gets; the rest is for the decode window, which shares no prefix among rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,10 +41,10 @@ class Ticket:
 class Engine:
     """Serves one frozen base and any number of prefixes from one batch.
 
-    `kv_memory` bounds keys and values: three quarters are the pool of blocks, a quarter the contiguous copies of the
-    decode batch. `max_batch` bounds the rows that run, `max_queue` those that wait; `chunk_tokens` bounds the prompt
-    positions computed in a step, so that long prompts do not hold up answers. Use `generate` alone, or `start` (or a
-    `with` block) and `submit` from any thread.
+    `kv_memory` bounds keys and values: half is the pool of blocks, half the contiguous copies of the decode batch.
+    `max_batch` bounds the rows that run, `max_queue` those that wait; `chunk_tokens` bounds the prompt positions
+    computed in a step, so that long prompts do not hold up answers. Use `generate` alone, or `start` (or a `with`
+    block) and `submit` from any thread.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Engine:
         num_blocks = int(budget * POOL_SHARE) // block_bytes
         if not num_blocks:
             raise ConfigError(
-                f"three quarters of kv_memory {budget} bytes hold no block of {block_size} positions, "
+                f"half of kv_memory {budget} bytes holds no block of {block_size} positions, "
                 f"which takes {block_bytes} bytes",
                 hint="Give more memory.",
             )
@@ -176,7 +176,7 @@ class Engine:
     def submit(self, request: Request, on_chunk: Callable[[Chunk], None]) -> Ticket:
         """Queue a request; `on_chunk` is called from the loop thread, lastly with each completion's finish_reason.
 
-        Raises BadRequest, NotFound or Overloaded at once.
+        Before `start` it waits in the queue, until that or a `generate`. What `on_chunk` raises aborts its row. Raises BadRequest, NotFound or Overloaded at once.
         """
         job = self._prepare(request)
         rows = make_rows(job, on_chunk, is_streaming=True)

@@ -239,7 +239,7 @@ class Loop:
 
     def _end(self, row: Sequence, reason: Literal["abort", "error"]) -> None:
         """End a row for a reason that is not its answer's."""
-        finish(row, reason)
+        _finish(row, reason)
         self._leave(row)
 
     def _leave(self, row: Sequence) -> None:
@@ -268,8 +268,16 @@ class Loop:
         self.scheduler = Scheduler(pool, max_batch=old.max_batch, chunk_tokens=old.chunk_tokens)
         for row in rows:
             if row.finish_reason is None:
-                finish(row, reason)
+                _finish(row, reason)
                 self._send(row)
+
+
+def _finish(row: Sequence, reason: Literal["abort", "error"]) -> None:
+    try:
+        finish(row, reason)
+    except Exception:
+        logger.exception("the end of a text is lost")
+        row.finish_reason = reason
 
 
 def _ignore(chunk: Chunk) -> None:

@@ -86,7 +86,7 @@ class Runner:
         window = self.window
         try:
             if not window.hold(rows):
-                return [sampled for sampled in self.prefill([Span(row, 1) for row in rows]) if sampled is not None]
+                return self._decode_from_pool(rows)
             positions, mask = window.begin()
             ids = torch.tensor([row.tokens[-1:] for row in window.rows], device=self.base.device)
             logits = self.base.run(ids=ids, positions=positions, cache=window, mask=mask)[:, -1]
@@ -95,6 +95,20 @@ class Runner:
             window.clear()
             raise
         window.end()
+        return [found[row] for row in rows]
+
+    def _decode_from_pool(self, rows: Rows[Sequence]) -> list[Sampled]:
+        """Decode rows too many or too long for the window; of similar length together, a layer gathered at a time."""
+        limit = max(1, self.window.num_positions * self.base.spec.num_layers)
+        found: dict[Sequence, Sampled] = {}
+        group: list[Sequence] = []
+        for row in [*sorted(rows, key=lambda row: row.num_computed), None]:
+            if group and (row is None or (len(group) + 1) * row.num_positions > limit):
+                sampled = self.prefill([Span(member, 1) for member in group])
+                found |= {member: token for member, token in zip(group, sampled, strict=True) if token is not None}
+                group = []
+            if row is not None:
+                group.append(row)
         return [found[row] for row in rows]
 
     def _slots(self, blocks: list[int], num_positions: int) -> Tensor:

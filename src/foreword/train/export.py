@@ -14,7 +14,7 @@ from foreword.core.model import FrozenModel
 from foreword.core.prompt import vectors_from_tensors
 from foreword.train.state import RunState
 
-NUM_PROBES = 4
+NUM_PROBES = 8
 
 
 def export(base: FrozenModel, state: RunState, path: Path) -> Artefact:

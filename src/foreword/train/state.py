@@ -212,7 +212,7 @@ class RunState:
                 hint="Start from a version of the same method.",
             )
         self.parent = artefact.sha256
-        return from_vectors(artefact.vectors, self.block)
+        return from_vectors(artefact.vectors, self.block, after=self.template.num_after)
 
 
 def _optimizer(tuner: Tuner, run: Run) -> torch.optim.Optimizer:
