@@ -369,7 +369,7 @@ def test_a_full_queue_is_503(stage: Stage) -> None:
 
 
 def test_metrics_of_the_engine(stage: Stage) -> None:
-    stage.complete("triage", TEXTS[0])
+    stage.complete("triage", TEXTS[0], max_tokens=4, extra_body={"ignore_eos": True})
     lines = httpx.get(f"{stage.running.url}/metrics").text.splitlines()
     values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
     assert values["foreword_kv_blocks"] > values["foreword_free_kv_blocks"] > 0
@@ -377,3 +377,4 @@ def test_metrics_of_the_engine(stage: Stage) -> None:
     assert values["foreword_resident_prefix_bytes"] == sum(p.num_bytes for p in stage.engine.prefixes.values())
     assert values['foreword_completion_tokens_total{task="triage",version="1"}'] > 0
     assert values["foreword_first_token_seconds_count"] > 0 and values["foreword_token_seconds_count"] > 0
+    assert values["foreword_queue_seconds_count"] > 0 and values["foreword_queue_seconds_sum"] >= 0

@@ -37,6 +37,11 @@ class Ticket:
     rows: tuple[Sequence, ...]
     """One per completion; the engine's own."""
 
+    @property
+    def admitted(self) -> float | None:
+        """When the first completion left the queue, by `time.monotonic()`; None while all wait."""
+        return min((row.admitted for row in self.rows if row.admitted is not None), default=None)
+
 
 class Engine:
     """Serves one frozen base and any number of prefixes from one batch.
@@ -176,7 +181,8 @@ class Engine:
     def submit(self, request: Request, on_chunk: Callable[[Chunk], None]) -> Ticket:
         """Queue a request; `on_chunk` is called from the loop thread, lastly with each completion's finish_reason.
 
-        Before `start` it waits in the queue, until that or a `generate`. What `on_chunk` raises aborts its row. Raises BadRequest, NotFound or Overloaded at once.
+        Before `start` it waits in the queue, until that or a `generate`; what `on_chunk` raises aborts its row.
+        Raises BadRequest, NotFound or Overloaded at once.
         """
         job = self._prepare(request)
         rows = make_rows(job, on_chunk, is_streaming=True)

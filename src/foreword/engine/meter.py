@@ -54,7 +54,8 @@ class Meter:
         self.failed_in_a_row = self.failed_in_a_row + 1 if failures else 0
 
     def row_in(self, row: Sequence) -> None:
-        """Count a row that starts; siblings have one prompt between them."""
+        """Count a row that starts, and note when; siblings have one prompt between them."""
+        row.admitted = time.monotonic()
         if row.index == 0:
             self.prompt_tokens += row.num_prompt
 

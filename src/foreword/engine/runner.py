@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 
 import torch
@@ -98,17 +99,12 @@ class Runner:
         return [found[row] for row in rows]
 
     def _decode_from_pool(self, rows: Rows[Sequence]) -> list[Sampled]:
-        """Decode rows too many or too long for the window; of similar length together, a layer gathered at a time."""
-        limit = max(1, self.window.num_positions * self.base.spec.num_layers)
+        """Decode rows too many or too long for the window: similar lengths together, a layer gathered at a time."""
+        limit = self.window.num_positions * self.base.spec.num_layers
         found: dict[Sequence, Sampled] = {}
-        group: list[Sequence] = []
-        for row in [*sorted(rows, key=lambda row: row.num_computed), None]:
-            if group and (row is None or (len(group) + 1) * row.num_positions > limit):
-                sampled = self.prefill([Span(member, 1) for member in group])
-                found |= {member: token for member, token in zip(group, sampled, strict=True) if token is not None}
-                group = []
-            if row is not None:
-                group.append(row)
+        for group in _groups(rows, limit):
+            sampled = self.prefill([Span(row, 1) for row in group])
+            found |= {row: token for row, token in zip(group, sampled, strict=True) if token is not None}
         return [found[row] for row in rows]
 
     def _slots(self, blocks: list[int], num_positions: int) -> Tensor:
@@ -140,3 +136,14 @@ def _padded_ids(span: Span, longest: int) -> list[int]:
     row = span.sequence
     first = row.num_computed - row.num_prefix
     return [0] * (longest - span.num_new) + row.tokens[first : first + span.num_new]
+
+
+def _groups(rows: Rows[Sequence], limit: int) -> Iterator[list[Sequence]]:
+    """Yield all rows, shortest first, in groups of one row or of at most `limit` positions with padding."""
+    group: list[Sequence] = []
+    for row in sorted(rows, key=lambda row: row.num_positions):
+        if group and (len(group) + 1) * row.num_positions > limit:
+            yield group
+            group = []
+        group.append(row)
+    yield group

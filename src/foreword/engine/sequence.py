@@ -92,6 +92,8 @@ class Sequence:
     """Submission: the prompt's tokens; engine: and the answer's."""
     counts: dict[int, int] = field(default_factory=dict)
     """Engine: how often each token stands in the answer."""
+    admitted: float | None = None
+    """Engine: when the row left the queue, by `time.monotonic()`."""
     finish_reason: FinishReason | None = None
     """Engine."""
     text: str = ""

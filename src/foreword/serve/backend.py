@@ -249,6 +249,9 @@ class EmbeddedStream:
 
     def _arrive(self, chunk: Chunk, when: float) -> None:
         self.timings.add(chunk, when)
+        if self.timings.queue_s is None:
+            admitted = [ticket.admitted for ticket in self._tickets if ticket.admitted is not None]
+            self.timings.queue_s = min(admitted) - self.timings.submitted if admitted else None
         self._chunks.put_nowait(chunk)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
