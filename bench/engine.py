@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def twelve_tasks(base: FrozenModel, args: argparse.Namespace) -> dict[str, Any]:
         "engine_12_plain": lambda: engine.generate(plain),
         "transformers_12_plain": lambda: transformers_generate(base.model, rows, args.new),
     }
-    if peft := peft_generate(base, rows, args):
+    if peft := None if args.without_peft else peft_generate(base, rows, args):
         sides["peft_one_task_at_a_time"] = peft
     found = compare(sides, args.repeats)
     return {
@@ -135,6 +136,8 @@ def peft_generate(base: FrozenModel, rows: list[list[int]], args: argparse.Names
         import peft
     except ImportError:
         return None
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.vectors)
     model = peft.get_peft_model(base.model, config, adapter_name="task-0").eval()
     for index in range(1, 12):
@@ -247,7 +250,10 @@ def resident_mib() -> float:
 
 
 def compile_time(base: FrozenModel, args: argparse.Namespace) -> dict[str, Any]:
-    """Loading a version's file and compiling it, against one forward over as many tokens."""
+    """Loading a version's file and compiling it, against one forward over as many tokens.
+
+    The engine writes the compiled prefix into its pool with the first request.
+    """
     from safetensors.torch import load_file, save_file
 
     num = args.compile_vectors
@@ -289,6 +295,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without-peft", action="store_true", help="leave out the slowest side of twelve_tasks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
