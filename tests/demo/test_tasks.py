@@ -57,13 +57,13 @@ def test_half_of_the_judged_rows_are_worded_as_no_train_row_is(task: str, split:
 
 
 def test_shares_of_every_pool_are_disjoint() -> None:
-    closed = {"day", "month"}
+    closed = {"day", "month", "rank", "letter"}
     pools = [pool for name, pool in make_tasks.VALUES.items() if name not in closed]
     for table in [make_tasks.TRIAGE, make_tasks.ASIDES, make_tasks.CLAUSES, make_tasks.LEADS, make_tasks.THINGS]:
         pools += table.values()
-    pools += [pool for fact in make_tasks.FACTS.values() for pool in fact]
+    pools += [pool for fact in make_tasks.FACTS.values() for pool in fact[:2]]
     pools += [make_tasks.GREETINGS, make_tasks.DETAILS, make_tasks.CLOSINGS, make_tasks.TAILS, make_tasks.PARTIES]
-    pools += [make_tasks.TOPICS, make_tasks.REMARKS, make_tasks.COLOURS, make_tasks.GARMENTS, make_tasks.WISHES]
+    pools += [make_tasks.TOPICS, make_tasks.REMARKS, make_tasks.GARMENTS, make_tasks.WISHES]
     pools += [make_tasks.PLACES, make_tasks.CHATTER, *make_tasks.DECOYS.values()]
     for pool in pools:
         phrases = [phrase for share in pool.values() for phrase in share]
@@ -104,7 +104,7 @@ def test_order_slots_are_copied_and_ordered(split: str) -> None:
         assert names in [tuple(kind.split()) for kind in make_tasks.ORDER_KINDS]
         assert all(value in row["input"] for _, value in slots), row
         kinds[names] += 1
-    assert len(kinds) == 8 and max(kinds.values()) <= 1.25 * min(kinds.values())
+    assert len(kinds) == len(make_tasks.ORDER_KINDS) and max(kinds.values()) <= 1.25 * min(kinds.values())
 
 
 @pytest.mark.parametrize("task", TASKS)

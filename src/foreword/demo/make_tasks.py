@@ -8,7 +8,7 @@ a decoy value, so that no single key word settles a row; the words around it do.
 numbers are cut by remainder. Train rows draw from the train share only. Of the dev rows, and of the test rows, the part
 `NEW_SHARE` draws *everything* (frames, asides, greetings, names, amounts, topics) from the share of its own split; the
 others recombine the train share. So the wordings of test are unknown to train and to dev. No input occurs twice, within
-a split or across splits. Closed sets stay closed: labels, weekdays, months, garment sizes.
+a split or across splits. Closed sets stay closed: labels, weekdays, months, letters, ranks, garment sizes, colours.
 """
 
 from __future__ import annotations
@@ -132,6 +132,10 @@ NUMBERS = {
     "sum": (4, 400, "${},000"),
     "section": (2, 30, "{}"),
     "percent": (2, 19, "{} percent"),
+    "tens": (3, 99, "{}"),
+    "length": (3, 95, "{}"),
+    "few": (2, 20, "{}"),
+    "term": (2, 10, "{}"),
 }
 """gap -> lowest number, end, form"""
 
@@ -139,6 +143,13 @@ VALUES: dict[str, Pool] = {
     "name": _words("""Priya, Tom, Aisha, Marek, Helen, Luca, Grace, Omar, Ingrid, Sam, Mei, Paul, Nadia, Felix, Ruth,
         Jonas, Carla, Ben, Yusuf, Anna, Victor, Dora // Elena, Kofi, Maeve, Hugo, Tessa // Bruno, Amara, Stefan, Lily,
         Rashid, Noor, Walter"""),
+    "surname": _words("""Hill, Stone, Turner, Baker, Carter, Norton, Foster, Graham, Evans, Ward, Reed, Marsh, Cole,
+        Shaw, Webb, Price, Doyle, Flynn, Berg, Novak, Costa, Silva // Brook, Mason, Palmer, Lund // Hughes, Lawson,
+        Field, Dean, Moreno, Frost"""),
+    "unit": _words("""finance, site, branch, area, night, works, store, field, garden, travel, school, plant, music,
+        team, kitchen, health // safety, cargo, library // office, harbour, press, court, project"""),
+    "rank": _same("manager", "officer", "clerk", "director", "leader", "chief", "nurse", "secretary"),
+    "letter": _same(*"ABCDEFGHKLMNPRSTVW"),
     "item": _words("""kettle, desk lamp, rain jacket, backpack, phone case, coffee grinder, road bike, garden chair,
         blender, tent, wool blanket, keyboard, office chair, winter coat, water bottle, bookcase // yoga mat, suitcase,
         toaster, picture frame // sleeping bag, rice cooker, floor lamp, camera strap, umbrella, step ladder"""),
@@ -148,9 +159,12 @@ VALUES: dict[str, Pool] = {
     "day": _same("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"),
     "month": _same("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
         "November", "December"),
-    "city": _words("""Leeds, Oslo, Lisbon, Denver, Boston, Rome, Cairo, Dublin, Paris, Madrid, Berlin, Chicago, Delhi,
-        Bristol, York, Austin, Vienna, Prague, Hull, Geneva, Athens, Toronto, London, Warsaw // Glasgow, Dallas, Milan,
-        Sydney, Lyon, Cork // Cardiff, Seattle, Munich, Tokyo, Quito, Dover, Naples, Montreal, Zurich"""),
+    "city": _words("""Leeds, Oslo, Lisbon, Denver, Boston, Berlin, Bristol, York, Vienna, Hull, Seattle, Geneva,
+        Athens, Toronto, Warsaw, Bath, Bergen, Brussels, Lima, Kyoto, Porto, Perth, Houston, Boise, Tampa, Reno, Derby,
+        Dundee, Exeter, Oxford, Ghent, Bonn, Dresden, Turin, Venice, Malta, Riga, Sofia, Salem, Albany, Omaha, Tucson,
+        Memphis, Hanoi, Manila, Munich, Zurich, Naples, Dover, Cambridge, Sydney, Montreal // Dallas, Milan, Lyon,
+        Cork, Paris, Delhi, Dublin // London, Rome, Chicago, Prague, Austin, Tokyo, Quito, Cairo, Madrid, Cardiff,
+        Havana"""),
     "days": _words("""3 days, 5 days, 10 days, 14 days, 20 days, 30 days, 60 days, two weeks // 7 days, 21 days,
         28 days // 12 days, 15 days, 45 days, 90 days, six weeks"""),
     "state": _words("""Delaware, New York, England and Wales, Ontario, Texas, the State of Ohio, Ireland,
@@ -389,6 +403,98 @@ TRIAGE = {
     """),
 }
 
+FOLLOWS = {
+    "billing": _shares("""
+        Please [check|correct] the [invoice|bill].
+        Our payment office waits for an answer.
+        I will not pay the bill twice.
+        Who looks after invoices?
+        // Please look at the payment again.
+        Send a correct bill, please.
+        // Please put the invoice right.
+        Can the billing office look at this charge?
+        We pay our bills on time.
+    """),
+    "refund": _shares("""
+        I only want my money back.
+        Please refund it [soon|this week].
+        The receipt for the return is [attached|in the box].
+        When does the refund come?
+        // Please pay me back soon.
+        A refund is all that I ask for.
+        // Please send my money back.
+        I still have the receipt for the return.
+        A full refund is only fair.
+    """),
+    "shipping": _shares("""
+        Please ask the [courier|driver].
+        The parcel is needed [this week|on {day}].
+        Somebody must know where the package is.
+        Please deliver it soon.
+        // Please ask the depot about the parcel.
+        When is the delivery?
+        // Could you ask the courier about it?
+        We need the package this week.
+        Please find the parcel.
+    """),
+    "login": _shares("""
+        I need to get into my account [today|on {day}].
+        Please send a new [password|code].
+        Without the login I cannot work.
+        Please unlock the account.
+        // Please reset the password today.
+        I must log in this week.
+        // Please let me into my account.
+        A new code or password would help.
+        I need to sign in for my work.
+    """),
+    "cancel": _shares("""
+        Please confirm that it is cancelled.
+        I do not need it any more.
+        Please end it [in time|now].
+        It must not renew.
+        // Please cancel it in time.
+        We do not need it any more, please end it.
+        // Please confirm the end of it.
+        I do not want to renew it.
+        Can you cancel it today?
+    """),
+    "bug": _shares("""
+        Please fix this [error|page].
+        It worked before the update.
+        A new version might help.
+        The screen shows nothing else.
+        // Please fix the error in the next update.
+        Before the new version it did not crash.
+        // Can you fix the error?
+        It worked in the old version.
+        The screen stays blank after that.
+    """),
+    "sales": _shares("""
+        We want to buy [soon|in {month}].
+        Please send your best offer.
+        A discount would help us.
+        We are comparing prices.
+        // We would buy this month.
+        Please send us your price.
+        // Please make us a good offer.
+        We hope for a discount.
+        We want to compare the price before we buy.
+    """),
+    "privacy": _shares("""
+        It is my personal data.
+        I never gave my consent.
+        Please confirm that the data is deleted.
+        My privacy matters to me.
+        // Please delete it from your records.
+        The law protects my personal data.
+        // I gave no consent to this.
+        Please keep my personal data safe.
+        It is about my privacy.
+    """),
+}
+"""label -> a second sentence on the same matter"""
+
 ASIDES = {
     "billing": _shares("""
         The {month} invoice was [correct|fine], thank you.
@@ -495,9 +601,11 @@ def _triage(rng: random.Random, share: str, index: int) -> Row:
     """A message of 8 to 40 words with one matter, often beside a settled matter of another team."""
     label = list(TRIAGE)[index % len(TRIAGE)]
     body = [rng.choice(TRIAGE[label][share])]
+    if rng.random() < 0.5:
+        body.append(rng.choice(FOLLOWS[label][share]))
     if rng.random() < 0.3:
         other = rng.choice([name for name in ASIDES if name != label])
-        body.insert(rng.random() < 0.3, rng.choice(ASIDES[other][share]))
+        body.insert(rng.choice([0, 0, len(body)]), rng.choice(ASIDES[other][share]))
     if rng.random() < 0.15:
         body.insert(rng.choice([0, len(body)]), rng.choice(DETAILS[share]))
     text = _fill(rng, share, _letter(rng, share, " ".join(body)))
@@ -729,11 +837,10 @@ def _clause(rng: random.Random, share: str, index: int) -> Row:
 
 TOPICS = _words("""parking permits, laptop loans, training grants, travel claims, meal vouchers, gym passes,
     locker keys, phone upgrades, visitor badges, taxi vouchers, study grants, desk chairs, hotel bookings, rail cards,
-    tool loans, moving grants, guest passes, boat trips, music lessons, sports kits, car rentals, work boots, fuel cards
-    // bicycle loans, uniform orders, library cards, conference tickets, bus passes
-    // garage spaces, language courses, camera loans, child care grants, stage passes, lab coats, swimming lessons,
-    van rentals""")
-FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
+    tool loans, moving grants, guest passes, boat trips, music lessons, sports kits, car rentals, work boots,
+    fuel cards // bicycle loans, uniform orders, library cards, conference tickets, bus passes // garage spaces,
+    language courses, camera loans, child care grants, stage passes, lab coats, swimming lessons, van rentals""")
+FACTS: dict[str, tuple[Pool, Pool, str]] = {
     "limit": (
         _shares("""
             The limit for {t} is {v}.
@@ -750,9 +857,7 @@ FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
             // What limit applies to {t}? // How much money may be spent on {t}?
             What is the yearly limit on {t}?
         """),
-        _words("""40 dollars, 75 dollars, 120 dollars, 250 dollars, 300 dollars, 450 dollars, 600 dollars, 900 dollars,
-            1,200 dollars, 2,500 dollars // 80 dollars, 350 dollars, 1,500 dollars // 65 dollars, 180 dollars,
-            275 dollars, 720 dollars, 3,000 dollars"""),
+        "[{tens}0|{tens}0|{few},500] dollars",
     ),
     "deadline": (
         _shares("""
@@ -770,8 +875,7 @@ FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
             // How much time is there to apply for {t}? // What deadline applies to {t}?
             Within what time must staff apply for {t}?
         """),
-        _words("""3 days, 5 days, 10 days, 14 days, 20 days, 30 days, 60 days // 7 days, 21 days, 28 days // 12 days,
-            15 days, 45 days, 90 days"""),
+        "[{length} days|{length} days|{few} weeks]",
     ),
     "approver": (
         _shares("""
@@ -789,9 +893,7 @@ FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
             // Which person approves {t}? // Who has to approve {t}?
             With whom does the approval of {t} lie?
         """),
-        _words("""team lead, finance officer, site manager, head nurse, school principal, payroll clerk,
-            branch director, duty officer, chief cook // area manager, deputy director, safety officer
-            // office manager, senior clerk, works foreman, project director"""),
+        "{unit} {rank}",
     ),
     "place": (
         _shares("""
@@ -809,8 +911,7 @@ FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
             // In which room are {t} handed out? // Where are {t} collected?
             Where should staff go for {t}?
         """),
-        _words("""room A12, room B7, room C21, room D4, room E30, room F9, room B16, room A3 // room C8, room G14
-            // room D27, room F2, room H5"""),
+        "room {letter}{length}",
     ),
     "form": (
         _shares("""
@@ -828,7 +929,7 @@ FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
             // On which form are {t} requested? // Which form covers {t}?
             What form must be filled in for {t}?
         """),
-        _words("K12, T40, P7, R55, M31, S19, L8, B64, H23 // N36, T81, C5 // V14, K72, G9, D50"),
+        "{letter}{letter}{length}",
     ),
     "validity": (
         _shares("""
@@ -846,8 +947,7 @@ FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
             // How long is the term of {t}? // For how long are {t} valid?
             When do {t} have to be renewed?
         """),
-        _words("""3 months, 6 months, 9 months, 1 year, 2 years, 5 years // 4 months, 3 years // 8 months, 18 months,
-            4 years"""),
+        "[{length} months|{term} years]",
     ),
     "contact": (
         _shares("""
@@ -855,21 +955,20 @@ FACTS: dict[str, tuple[Pool, Pool, Pool]] = {
             The contact for {t} is {v}.
             {v} looks after {t}.
             Staff should call {v} about {t}.
-            // For {t}, the contact is {v}. // {v} is in charge of {t}.
-            Any question about {t} goes to {v}.
+            // For {t}, the contact is {v}. // To ask about {t}, call {v}.
+            {v} is the contact for all {t}.
         """),
         _shares("""
             Whom should staff ask about {t}?
             Who is the contact for {t}?
             Who looks after {t}?
-            // Who answers questions about {t}? // Who is in charge of {t}?
-            Whom should staff call about {t}?
+            // Who is the contact person for {t}? // Whom can staff call to ask about {t}?
+            Which person looks after {t}?
         """),
-        _words("""Anna Hill, Victor Stone, Maria Turner, Omar Baker, Ruth Carter, Felix Norton, Dana Foster,
-            Paul Graham, Nadia Evans // Elena Brook, Hugo Mason, Grace Palmer // Bruno Hughes, Quinn Lawson,
-            Amara Field, Walter Dean"""),
+        "{name} {surname}",
     ),
 }  # fmt: skip
+"""kind of fact -> statements, questions, frame of the value; gaps {t} topic and {v} value"""
 REMARKS = _shares("""
     This rule is from {year}.
     Managers keep a list of all requests.
@@ -895,7 +994,7 @@ def _handbook(rng: random.Random, share: str, index: int) -> Row:
         [(topic, kind), (topic, others[0]), (second, others[1])],
         [(topic, kind), (second, others[0])],
     ])  # fmt: skip
-    values = {name: rng.sample(FACTS[name][2][share], 2) for name in FACTS}
+    values = {name: [_fill(rng, share, FACTS[name][2]) for _ in range(2)] for name in FACTS}
     sentences = []
     for about, fact in [asked, *rest]:
         frame = rng.choice(FACTS[fact][0][share])
@@ -903,55 +1002,39 @@ def _handbook(rng: random.Random, share: str, index: int) -> Row:
     rng.shuffle(sentences)
     if len(sentences) == 2 and rng.random() < 0.3:
         sentences.append(_fill(rng, share, rng.choice(REMARKS[share])))
+    policy, answer = " ".join(sentences), values[kind][0]
+    if len(re.findall(rf"\b{answer}\b", policy)) != 1:  # the same value by chance in a second fact
+        return _handbook(rng, share, index)
     question = _fill(rng, share, rng.choice(FACTS[kind][1][share]), t=topic)
-    return {"input": f"Policy: {' '.join(sentences)}\nQuestion: {question}", "target": values[kind][0]}
+    return {"input": f"Policy: {policy}\nQuestion: {question}", "target": answer}
 
 
 # order_slots --------------------------------------------------------------------------------------------------------
 
-SIZES = _same("small", "medium", "large", "extra large")
-COLOURS = _words("""red, blue, green, black, white, yellow, brown, grey, pink, silver, navy, gold, beige, scarlet
-    // purple, cream, amber // orange, violet, copper, olive""")
+SIZES = _same(*"small medium large wide long short".split())
+COLOURS = _same(*"red blue green black white yellow grey brown gold silver orange purple".split())
 GARMENTS = _words("""jacket, shirt, coat, sweater, vest, gown, hat, raincoat, apron, hoodie, cardigan, shawl, robe, cap
-    // jumper, blouse, tunic // waistcoat, fleece, skirt, cloak, bonnet, poncho""")
+    // jumper, blouse, tunic // cloak, skirt, suit, waistcoat""")
 THINGS = {
-    "": _shares("""
-        a {garment}
-        the {garment} from your page
-        one more {garment}
-        // another {garment} // the {garment} again
-        two more {garment}s
-        just one {garment}
-    """),
     "size": _shares("""
-        a {size} {garment}
-        a {garment} in {size}
         a {garment}, size {size}
-        two {garment}s in {size}
-        the {size} {garment} from your page
-        // one {garment}, {size} if you can // the {garment} in size {size}
-        one more {garment} in {size}
-        just one {size} {garment}
-    """),
-    "colour": _shares("""
-        a {colour} {garment}
-        a {garment} in {colour}
-        the {garment}, the {colour} one
-        two {garment}s in {colour}
-        the {colour} {garment} from your page
-        // one {garment} in the colour {colour} // two of the {colour} {garment}s
-        one more {garment} in {colour}
-        just one {colour} {garment}
+        a {garment} in size {size}
+        a {size} {garment}
+        two {garment}s of size {size}
+        the {garment} from your page in size {size}
+        // one {garment}, in size {size} // the {garment} in size {size}
+        one more {garment}, size {size}
+        just one {garment} of size {size}
     """),
     "size colour": _shares("""
-        a {size} {colour} {garment}
-        a {colour} {garment} in {size}
+        a {colour} {garment}, size {size}
+        a {colour} {garment} in size {size}
         a {garment} in {colour}, size {size}
-        a {garment}, {size}, {colour}
-        two {size} {garment}s in {colour}
-        // one {garment} in {size} and {colour} // the {colour} {garment}, size {size}
-        just one {size} {garment} in {colour}
-        two of the {size} {colour} {garment}s
+        a {garment}, size {size}, colour {colour}
+        two {garment}s of size {size} in the colour {colour}
+        // one {garment} in size {size}, colour {colour} // the {colour} {garment}, size {size}
+        just one {garment} of size {size} in {colour}
+        one more {garment} in the colour {colour}, size {size}
     """),
 }
 WISHES = _shares("""
@@ -990,13 +1073,13 @@ PLACES = _shares("""
 DECOYS = {
     "size": _shares("""
         The {size} one did not fit me.
-        {name} is too tall for {size}.
-        // My old {size} one was too tight. // In {size} it looked like a bag on me.
+        {name} could not wear the {size} one.
+        // My old {size} one did not fit. // The {size} one did not look good on me.
     """),
     "colour": _shares("""
         The {colour} one has faded.
-        Everybody here has {colour} already.
-        // I was not happy with the {colour} one. // My friends all wear {colour}.
+        Everybody here has the {colour} one already.
+        // I was not happy with the {colour} one. // My friends have the {colour} one already.
     """),
     "city": _shares("""
         My sister in {city} has the same.
@@ -1021,11 +1104,11 @@ CHATTER = _shares("""
     May I bring the {garment} back on {day}?
     Has {name} replied to my last message?
 """)
-ORDER_KINDS = ["", "size", "colour", "city", "size colour", "size city", "colour city", "size colour city"]
+ORDER_KINDS = ["size", "size colour", "size city", "size colour city", ""]
 
 
 def _order_slots(rng: random.Random, share: str, index: int) -> Row:
-    """An order with 1 to 3 slots, or a message without an order ("none"), in three of ten with a decoy value."""
+    """An order with 1 to 3 slots, or a message without an order ("none"); a quarter has a decoy value beside it."""
     slots = ORDER_KINDS[index % len(ORDER_KINDS)].split()
     pools = {"size": SIZES[share], "colour": COLOURS[share], "city": VALUES["city"][share]}
     picked = {slot: rng.sample(pool, 2) for slot, pool in pools.items()}
@@ -1040,7 +1123,7 @@ def _order_slots(rng: random.Random, share: str, index: int) -> Row:
     else:
         main = _fill(rng, share, rng.choice(CHATTER[share]), **gaps)
     parts = [main]
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         slot = rng.choice(list(DECOYS))
         decoy = _fill(rng, share, rng.choice(DECOYS[slot][share]), name=gaps["name"], **{slot: picked[slot][1]})
         parts.insert(rng.randrange(2), _capital(decoy))
