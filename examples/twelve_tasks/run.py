@@ -47,7 +47,7 @@ def baselines(engine: fw.Engine, tasks: list[fw.Task], rows: int, shot_rows: int
         for kind, limit in (("hard_text", rows), ("few_shot", shot_rows)):
             if not limit:
                 continue
-            for decoding in decodings(task):
+            for decoding in decodings(task) if kind == "hard_text" else ["free"]:
                 report = evaluate_baseline(engine, task, kind, limit=limit, decoding=decoding)
                 found.setdefault(task.name, {})[f"{kind}/{decoding}"] = judged(report)
                 print(report.summary().splitlines()[1], task.name, kind, decoding, flush=True)

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 BASE = HERE / "base-3m"
 TASKS = ("triage", "clause", "handbook", "order_slots")
 METHODS = ("prompt", "kv")
-STEPS = {"prompt": 240, "kv": 240}
+STEPS = {"prompt": 320, "kv": 320}
 START_S = 120.0
 
 
