@@ -2,7 +2,7 @@
 
 python bench/defaults.py --base ../shared/models/base-3m [--json bench/results/defaults.json]
 
-Each line trains one setting for a few hundred steps with everything else at its default; all settings of a task are
+Each line trains one setting for a hundred steps or more with everything else at its default; all settings of a task are
 runs of one joint pass. The measure is dev loss, and exact match of free generation on dev rows.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
     parser.add_argument("--tasks", default="trec,bitext_support_triage")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -54,13 +54,13 @@ def main() -> None:
         grid = GRID if betas == (0.7, 0.9) else [{"method": method} for method in ("kv", "prefix", "prompt")]
         for task in options.tasks.split(","):
             found += measure(base, task, grid, options.steps, options.rows, betas)
-    result = {
-        "what": f"training defaults on {Path(options.base).name}, {options.steps} steps, batch 16, P = 20",
-        "hardware": describe(),
-        "rows": found,
-    }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+            result = {
+                "what": f"training defaults on {Path(options.base).name}, {options.steps} steps, batch 16, P = 20",
+                "hardware": describe(),
+                "rows": found,
+            }
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure(

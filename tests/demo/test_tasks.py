@@ -63,7 +63,14 @@ def test_shares_of_every_pool_are_disjoint() -> None:
         pools += table.values()
     pools += [pool for fact in make_tasks.FACTS.values() for pool in fact[:2]]
     pools += [make_tasks.GREETINGS, make_tasks.DETAILS, make_tasks.CLOSINGS, make_tasks.TAILS, make_tasks.PARTIES]
-    pools += [make_tasks.TOPICS, make_tasks.REMARKS, make_tasks.GARMENTS, make_tasks.WISHES]
+    pools += [
+        make_tasks.TOPICS,
+        make_tasks.REMARKS,
+        make_tasks.COLOURS,
+        make_tasks.SIZES,
+        make_tasks.GARMENTS,
+        make_tasks.WISHES,
+    ]
     pools += [make_tasks.PLACES, make_tasks.CHATTER, *make_tasks.DECOYS.values()]
     for pool in pools:
         phrases = [phrase for share in pool.values() for phrase in share]

@@ -8,7 +8,7 @@ a decoy value, so that no single key word settles a row; the words around it do.
 numbers are cut by remainder. Train rows draw from the train share only. Of the dev rows, and of the test rows, the part
 `NEW_SHARE` draws *everything* (frames, asides, greetings, names, amounts, topics) from the share of its own split; the
 others recombine the train share. So the wordings of test are unknown to train and to dev. No input occurs twice, within
-a split or across splits. Closed sets stay closed: labels, weekdays, months, letters, ranks, garment sizes, colours.
+a split or across splits. Closed sets stay closed: labels, weekdays, months, letters, ranks.
 """
 
 from __future__ import annotations
@@ -81,13 +81,14 @@ def _words(text: str) -> Pool:
     return _shares(re.sub(r",\s+", "\n", text))
 
 
-def _number(rng: random.Random, share: str, low: int, high: int) -> int:
-    """A number whose remainder by 4 belongs to the share: 0 and 1 are train, 2 is dev, 3 is test."""
-    return rng.choice([n for n in range(low, high) if n % 4 in {"train": (0, 1), "dev": (2,), "test": (3,)}[share]])
+def _numbers(low: int, high: int, form: str = "{}") -> Pool:
+    """Numbers from `low` up to `high`, written in `form`; those with remainder 0 or 1 by 4 are train, 2 dev, 3 test."""
+    remainders = {"train": (0, 1), "dev": (2,), "test": (3,)}
+    return {split: [form.format(n) for n in range(low, high) if n % 4 in remainders[split]] for split in ROWS}
 
 
 def _fill(rng: random.Random, share: str, frame: str, **given: str) -> str:
-    """Settle each `[a|b]` and fill each `{gap}`: from `given`, a number, or the pool of that name in `VALUES`."""
+    """Settle each `[a|b]` and fill each `{gap}`: from `given`, else from the pool of that name."""
     while "[" in frame:
         frame = re.sub(r"\[([^\[\]]*)\]", lambda match: rng.choice(match[1].split("|")), frame)
 
@@ -95,9 +96,6 @@ def _fill(rng: random.Random, share: str, frame: str, **given: str) -> str:
         gap = match[1]
         if gap in given:
             return given[gap]
-        if gap in NUMBERS:
-            low, high, form = NUMBERS[gap]
-            return form.format(_number(rng, share, low, high))
         return rng.choice(VALUES[gap][share])
 
     text = re.sub(r"\{(\w+)\}", value, frame)
@@ -123,23 +121,19 @@ def _same(*items: str) -> Pool:
     return {split: list(items) for split in ROWS}
 
 
-NUMBERS = {
-    "amount": (12, 480, "${}"),
-    "cents": (6, 95, "${}.50"),
-    "order": (20311, 89740, "{}"),
-    "count": (6, 90, "{}"),
-    "year": (2003, 2024, "{}"),
-    "sum": (4, 400, "${},000"),
-    "section": (2, 30, "{}"),
-    "percent": (2, 19, "{} percent"),
-    "tens": (3, 99, "{}"),
-    "length": (3, 95, "{}"),
-    "few": (2, 20, "{}"),
-    "term": (2, 10, "{}"),
-}
-"""gap -> lowest number, end, form"""
-
 VALUES: dict[str, Pool] = {
+    "amount": _numbers(12, 480, "${}"),
+    "cents": _numbers(6, 95, "${}.50"),
+    "order": _numbers(20311, 89740),
+    "count": _numbers(6, 90),
+    "year": _numbers(2003, 2024),
+    "sum": _numbers(4, 400, "${},000"),
+    "section": _numbers(2, 30),
+    "percent": _numbers(2, 19, "{} percent"),
+    "tens": _numbers(3, 99),
+    "length": _numbers(3, 95),
+    "few": _numbers(2, 20),
+    "term": _numbers(2, 10),
     "name": _words("""Priya, Tom, Aisha, Marek, Helen, Luca, Grace, Omar, Ingrid, Sam, Mei, Paul, Nadia, Felix, Ruth,
         Jonas, Carla, Ben, Yusuf, Anna, Victor, Dora // Elena, Kofi, Maeve, Hugo, Tessa // Bruno, Amara, Stefan, Lily,
         Rashid, Noor, Walter"""),
@@ -171,6 +165,7 @@ VALUES: dict[str, Pool] = {
         the State of Nevada, Germany, California, New South Wales, Illinois // Scotland, Florida, the State of Utah,
         Norway // Massachusetts, Singapore, Virginia, the State of Oregon, France, Alberta"""),
 }  # fmt: skip
+"""gap -> its values"""
 
 
 # triage -------------------------------------------------------------------------------------------------------------
@@ -1011,15 +1006,17 @@ def _handbook(rng: random.Random, share: str, index: int) -> Row:
 
 # order_slots --------------------------------------------------------------------------------------------------------
 
-SIZES = _same(*"small medium large wide long short".split())
-COLOURS = _same(*"red blue green black white yellow grey brown gold silver orange purple".split())
+SIZES = _numbers(28, 64)
+COLOURS = _words("""red, blue, green, black, white, yellow, grey, pink, navy, gold, beige, scarlet, maroon, rose, teal,
+    ivory, bronze, violet, lilac, khaki, crimson, mint, plum, coral, sand, olive, ruby, steel // brown, cream, amber
+    // orange, purple, silver, copper""")
 GARMENTS = _words("""jacket, shirt, coat, sweater, vest, gown, hat, raincoat, apron, hoodie, cardigan, shawl, robe, cap
     // jumper, blouse, tunic // cloak, skirt, suit, waistcoat""")
 THINGS = {
     "size": _shares("""
         a {garment}, size {size}
         a {garment} in size {size}
-        a {size} {garment}
+        a size {size} {garment}
         two {garment}s of size {size}
         the {garment} from your page in size {size}
         // one {garment}, in size {size} // the {garment} in size {size}
@@ -1027,7 +1024,16 @@ THINGS = {
         just one {garment} of size {size}
     """),
     "size colour": _shares("""
-        a {colour} {garment}, size {size}
+        a {garment}, size {size}, colour {colour}
+        a {garment}, colour {colour}, size {size}
+        a {garment} in the colour {colour}, size {size}
+        a {colour} {garment} in size {size}
+        two {garment}s of size {size} in the colour {colour}
+        // one {garment} in size {size}, colour {colour} // the {garment} in size {size} and colour {colour}
+        just one {garment} of size {size}, colour {colour}
+        one more {garment} in the colour {colour} and size {size}
+    """),
+}
         a {colour} {garment} in size {size}
         a {garment} in {colour}, size {size}
         a {garment}, size {size}, colour {colour}
@@ -1060,21 +1066,20 @@ PLACES = _shares("""
     and ship it to {city}
     , delivery to {city}
     for our shop in {city}
-    , to pick up in {city}
     , send it to {city}
-    for our office in {city}
-    // , please bring it to {city}
-    for delivery in {city}
+    and bring it to {city}
+    // , please deliver it to {city}
+    for delivery to {city}
     // and it should go to {city}
-    , to my address in {city}
-    , pick-up in {city}
+    , delivered to {city}
+    , shipped to {city}
     and send it on to {city}
 """)
 DECOYS = {
     "size": _shares("""
-        The {size} one did not fit me.
-        {name} could not wear the {size} one.
-        // My old {size} one did not fit. // The {size} one did not look good on me.
+        Size {size} did not fit me.
+        {name} could not wear size {size}.
+        // My old one was size {size}. // I did not look good in size {size}.
     """),
     "colour": _shares("""
         The {colour} one has faded.
@@ -1153,7 +1158,7 @@ TASKS: dict[str, tuple[Callable[[random.Random, str, int], Row], dict[str, objec
     }),
     "order_slots": (_order_slots, {
         "metric": "exact_match", "max_new_tokens": 24,
-        "hard_text": "Write the size, colour and city of the order, as in size: small; colour: red; city: York. Leave "
+        "hard_text": "Write the size, colour and city of the order, as in size: 40; colour: red; city: York. Leave "
         "out what is not named, and answer none if nothing is ordered.",
     }),
 }  # fmt: skip
