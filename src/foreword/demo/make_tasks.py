@@ -1034,15 +1034,6 @@ THINGS = {
         one more {garment} in the colour {colour} and size {size}
     """),
 }
-        a {colour} {garment} in size {size}
-        a {garment} in {colour}, size {size}
-        a {garment}, size {size}, colour {colour}
-        two {garment}s of size {size} in the colour {colour}
-        // one {garment} in size {size}, colour {colour} // the {colour} {garment}, size {size}
-        just one {garment} of size {size} in {colour}
-        one more {garment} in the colour {colour}, size {size}
-    """),
-}
 WISHES = _shares("""
     please send me {thing}
     I [would like|want] to order {thing}
