@@ -35,34 +35,28 @@ def cell(found: dict[str, Any] | None) -> str:
 
 def table(result: dict[str, Any], decoding: str) -> str:
     methods = [name for name in METHODS if name in result["methods"]]
-    tasks = result["methods"][methods[0]]["tasks"]
-    lines = [
-        "| task | metric | hard text | 8 examples | " + " | ".join(f"`{name}`" for name in methods) + " |",
-        "|---|---|---|---|" + "---|" * len(methods),
-    ]
-    wins = dict.fromkeys(methods, 0)
-    count = 0
+    scores = {name: result["methods"][name]["tasks"] for name in methods}
+    tasks = [task for task, entry in scores[methods[0]].items() if decoding in entry]
+    known = {task: result["baselines"].get(task, {}) for task in tasks}
+    kinds = {"hard text": f"hard_text/{decoding}", "8 examples": f"few_shot/{decoding}"}
+    kinds = {title: key for title, key in kinds.items() if any(key in found for found in known.values())}
+    header = ["task", "metric", *kinds, *(f"`{name}`" for name in methods)]
+    rows = [header, ["---"] * len(header)]
     for task in tasks:
-        scores = {name: result["methods"][name]["tasks"][task].get(decoding) for name in methods}
-        if scores[methods[0]] is None:
-            continue
-        count += 1
-        known = result["baselines"].get(task, {})
-        baseline = known.get(f"hard_text/{decoding}")
-        for name, found in scores.items():
-            wins[name] += bool(baseline and found["score"] > baseline["score"])
-        cells = [cell(baseline), cell(known.get(f"few_shot/{decoding}")), *(cell(scores[name]) for name in methods)]
-        lines.append(f"| {task} | {scores[methods[0]]['metric']} | " + " | ".join(cells) + " |")
-    means = [
-        sum(result["methods"][name]["tasks"][task][decoding]["score"] for task in tasks if decoding in
-            result["methods"][name]["tasks"][task]) / count
-        for name in methods
-    ]  # fmt: skip
-    lines.append("| mean | | | | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
-    lines.append(
-        "| better than the hard text on | | | | " + " | ".join(f"{wins[n]} of {count}" for n in methods) + " |"
-    )
-    return "\n".join(lines)
+        cells = [cell(known[task].get(key)) for key in kinds.values()]
+        cells += [cell(scores[name][task][decoding]) for name in methods]
+        rows.append([task, scores[methods[0]][task][decoding]["metric"], *cells])
+    gaps = [""] * (1 + len(kinds))
+    means = [sum(scores[name][task][decoding]["score"] for task in tasks) / len(tasks) for name in methods]
+    rows.append(["mean", *gaps, *(f"{mean:.3f}" for mean in means)])
+    wins = [sum(is_better(scores[name][task], known[task], decoding) for task in tasks) for name in methods]
+    rows.append(["better than the hard text on", *gaps, *(f"{count} of {len(tasks)}" for count in wins)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def is_better(entry: dict[str, Any], known: dict[str, Any], decoding: str) -> bool:
+    baseline = known.get(f"hard_text/{decoding}")
+    return bool(baseline) and entry[decoding]["score"] > baseline["score"]
 
 
 def main() -> None:
