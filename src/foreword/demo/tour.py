@@ -98,7 +98,7 @@ def take_tour(
     say("1. train all of them in one pass")
     results = fit(base, runs, out=folder / "runs", on_progress=on_progress)
     clock.lap("train")
-    say("2. judge on test rows with phrasings that training never saw, beside the hard text alone")
+    say("2. judge on test rows, most with phrasings that training never saw, beside the hard text alone")
     reports = _judge(base, runs, results, test_rows)
     clock.lap("judge")
     say("3. publish: version 1 of each task is its prompt, version 2 its prefix; `prod` is version 1")
@@ -223,7 +223,7 @@ def _switch(registry: Registry, url: str) -> list[Answer]:
     """Ask `triage` before its promotion to version 2, after it, and after the rollback."""
     text = _questions()[0][1]
     answers = [ask(url, "triage", text)]
-    registry.promote("triage@2", who="demo", why="the prefix scores higher")
+    registry.promote("triage@2", who="demo", why="to show a promotion")
     answers.append(_ask_until(url, text, "triage@2"))
     registry.rollback("triage", who="demo", why="to show that it is one command")
     answers.append(_ask_until(url, text, "triage@1"))
