@@ -30,6 +30,7 @@ fix: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## the README's figures
+	$(BIN)/python bench/startup.py --json bench/results/startup.json
 	$(BIN)/python bench/training.py --json bench/results/training.json
 	$(BIN)/python bench/engine.py --json bench/results/engine.json
 

@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens of twelve_tasks")
     parser.add_argument("--new", type=int, default=32, help="new tokens of twelve_tasks")
     parser.add_argument("--every-s", type=float, default=0.02, help="pause between arrivals")
-    parser.add_argument("--requests", type=int, default=2000, help="requests of steady_memory")
+    parser.add_argument("--requests", type=int, default=6000, help="requests of steady_memory")
     parser.add_argument("--compile-vectors", type=int, default=100)
     parser.add_argument("--kv-memory", default="512MiB")
     args = parser.parse_args()
