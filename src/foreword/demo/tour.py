@@ -177,8 +177,11 @@ def serving(home: Path) -> Iterator[str]:
     """Start `foreword serve` on a free port in a process of its own; yield its URL; stop it at the end."""
     command = [sys.executable, "-m", "foreword", "serve", "--base", str(BASE), "--port", "0", "--json"]
     log = home.parent / "server.log"
-    with log.open("wb") as errors:
-        server = subprocess.Popen([*command, "--home", str(home)], stdout=subprocess.PIPE, stderr=errors, text=True)
+    command += ["--home", str(home)]
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as server,
+    ):
         try:
             assert server.stdout is not None
             line = server.stdout.readline()
