@@ -90,9 +90,6 @@ def _toml(task: str, settings: Mapping[str, object]) -> str:
     return "[task]\n" + "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items())
 
 
-# Phrases ------------------------------------------------------------------------------------------------------------
-
-
 def _fill(rng: random.Random, share: str, frame: str, **given: str) -> str:
     """Settle each `[a|b]` and fill each `{gap}`: from `given`, else from the pool of that name."""
     while "[" in frame:
