@@ -23,6 +23,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for task, kinds in part.get("baselines", {}).items():
             merged["baselines"].setdefault(task, {}).update(kinds)
+            merged["settings"] = {**merged["settings"], "few_shot_rows": part["settings"]["few_shot_rows"]}
     return merged
 
 

@@ -17,9 +17,7 @@ from foreword.engine.request import Request
 from foreword.engine.stream import TextStream, decode
 from foreword.engine.trie import build_trie, forced_tokens, longest_answer
 from foreword.errors import BadRequest
-from tests.bundled import BASE, bundled
-
-pytestmark = pytest.mark.skipif(not BASE.exists(), reason="the bundled base is not there")
+from tests.bundled import bundled
 
 PROMPT = "The history of the"
 

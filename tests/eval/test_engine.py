@@ -1,7 +1,6 @@
 """The evaluator on the embedded engine and the bundled base, against the model's own logits."""
 
 import dataclasses
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,6 @@ import numpy as np
 import pytest
 
 DEMO = Path(__file__).parents[2] / "src/foreword/demo"
-pytestmark = pytest.mark.skipif(
-    find_spec("foreword.engine.engine") is None or not (DEMO / "base-3m/model.safetensors").exists(),
-    reason="foreword.engine.engine or the bundled base-3m is absent",
-)
 
 
 @pytest.fixture(scope="module")

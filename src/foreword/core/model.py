@@ -168,7 +168,7 @@ def load_base(
 
     `base` is a folder, a hub id or a transformers causal language model (kept where and as it is). `dtype` "auto" is
     the checkpoint's own. `attention` is transformers' attn_implementation; None is its default, but "eager" for
-    bfloat16 on a CPU, where the backward pass of its fused attention takes twice as long (bench/training.py).
+    bfloat16 on a CPU, where the backward pass of its fused attention is slow.
     Raises ConfigError when nothing can be loaded from `base`, IncompatibleModel when a layer has
     no plain keys and values (state-space layers, MLA latents).
     """
