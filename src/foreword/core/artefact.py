@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -201,40 +202,60 @@ def read_header(path: str | Path) -> ArtefactHeader:
 
 
 def _parse_header(path: Path, size: int, prefix: bytes, read: Any) -> ArtefactHeader:
-    def corrupt(what: str) -> ArtefactCorrupt:
-        return ArtefactCorrupt(f"{path}: {what}", hint="Get the file again; its sha256 tells whether it is whole.")
-
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-        raise corrupt(f"not a safetensors file (header of {length} bytes in a file of {size})")
+    metadata, found = read_layout(path, size, prefix, read, METADATA_KEY, ITEMSIZES)
     try:
-        table = json.loads(read(length), object_pairs_hook=_without_repeats)
-        metadata = table.pop("__metadata__")
-        header = ArtefactHeader.from_json(json.loads(metadata[METADATA_KEY], object_pairs_hook=_without_repeats))
-        found = {name: _tensor_entry(info) for name, info in table.items()}
+        header = ArtefactHeader.from_json(metadata)
     except ArtefactCorrupt as error:
-        raise corrupt(error.message) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise corrupt(f"no foreword header ({type(error).__name__}: {error})") from error
+        raise _corrupt(path, error.message) from error
     expected = header.tensor_shapes()
     if found.keys() != expected.keys():
         odd = sorted(found.keys() ^ expected.keys())[0]
-        raise corrupt(f"tensor {odd!r} is {'foreign' if odd in found else 'missing'} for method {header.method}")
-    end, dtypes = 0, {dtype for _, dtype, _, _ in found.values()}
-    if len(dtypes) != 1 or not dtypes <= ITEMSIZES.keys():
-        raise corrupt(f"dtype {', '.join(sorted(dtypes))} where F32 or BF16 is allowed")
-    for name, (shape, dtype, start, stop) in sorted(found.items(), key=lambda item: item[1][2:]):
+        raise _corrupt(path, f"tensor {odd!r} is {'foreign' if odd in found else 'missing'} for method {header.method}")
+    for name, (shape, _) in found.items():
         if shape != expected[name]:
-            raise corrupt(f"tensor {name!r} has shape {list(shape)}, the header says {list(expected[name])}")
-        count = ITEMSIZES[dtype]
-        for dim in shape:
-            count *= dim
+            raise _corrupt(path, f"tensor {name!r} has shape {list(shape)}, the header says {list(expected[name])}")
+    return header
+
+
+Layout = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype (safetensors' code) of every tensor of a file."""
+
+
+def read_layout(
+    path: Path, size: int, prefix: bytes, read: Any, key: str, itemsizes: Mapping[str, int]
+) -> tuple[Mapping[str, Any], Layout]:
+    """Read the metadata under `key` and the tensors' layout of a safetensors file of `size` bytes, strictly.
+
+    `prefix` is its first 8 bytes, `read(n)` gives the n bytes behind them. All tensors have one dtype of `itemsizes`,
+    lie next to each other and fill the file. Raises ArtefactCorrupt.
+    """
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+        raise _corrupt(path, f"not a safetensors file (header of {length} bytes in a file of {size})")
+    try:
+        table = json.loads(read(length), object_pairs_hook=_without_repeats)
+        metadata = json.loads(table.pop("__metadata__")[key], object_pairs_hook=_without_repeats)
+        found = {name: _tensor_entry(info) for name, info in table.items()}
+        metadata.keys()
+    except ArtefactCorrupt as error:
+        raise _corrupt(path, error.message) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _corrupt(path, f"no foreword header ({type(error).__name__}: {error})") from error
+    end, dtypes = 0, {dtype for _, dtype, _, _ in found.values()}
+    if len(dtypes) > 1 or not dtypes <= itemsizes.keys():
+        raise _corrupt(path, f"dtype {', '.join(sorted(dtypes))} where {' or '.join(itemsizes)} is allowed")
+    for name, (shape, dtype, start, stop) in sorted(found.items(), key=lambda item: item[1][2:]):
+        count = math.prod(shape) * itemsizes[dtype]
         if start != end or stop - start != count:
-            raise corrupt(f"tensor {name!r} lies at bytes {start} to {stop}, expected {end} to {end + count}")
+            raise _corrupt(path, f"tensor {name!r} lies at bytes {start} to {stop}, expected {end} to {end + count}")
         end = stop
     if 8 + length + end != size:
-        raise corrupt(f"{size} bytes where the header needs {8 + length + end}")
-    return header
+        raise _corrupt(path, f"{size} bytes where the header needs {8 + length + end}")
+    return metadata, {name: (shape, dtype) for name, (shape, dtype, _, _) in found.items()}
+
+
+def _corrupt(path: Path, what: str) -> ArtefactCorrupt:
+    return ArtefactCorrupt(f"{path}: {what}", hint="Get the file again; its sha256 tells whether it is whole.")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
