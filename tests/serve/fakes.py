@@ -19,7 +19,7 @@ from foreword.core.spec import Fingerprint
 from foreword.engine.request import Chunk, FinishReason, Request, TokenLogprob
 from foreword.errors import ForewordError, NotFound, Overloaded, did_you_mean
 from foreword.registry.records import Task, Version, split_reference
-from foreword.serve.backend import BackendStats, Timings
+from foreword.serve.backend import ANYONE, BackendStats, Caller, Timings
 from foreword.serve.run import Server, bind, run
 
 FINGERPRINT = Fingerprint(
@@ -132,7 +132,7 @@ class FakeBackend:
         await asyncio.sleep(self.load_s)
         self.loaded.remove(sha256)
 
-    async def submit(self, requests: Sequence[Request]) -> FakeStream:
+    async def submit(self, requests: Sequence[Request], caller: Caller = ANYONE) -> FakeStream:
         if self.submit_error:
             raise self.submit_error
         for request in requests:

@@ -15,7 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from foreword.errors import ServeError
-from foreword.serve.backend import Backend, EmbeddedBackend
+from foreword.serve.backend import Backend
+from foreword.serve.embedded import EmbeddedBackend
 from foreword.serve.gateway import MAX_BODY_BYTES, create_app
 
 KEEP_ALIVE_S = 60
