@@ -1,4 +1,4 @@
-"""A registry in a temporary home, artefacts of a few hundred bytes, and child processes that run code."""
+"""Registries on each kind of database and blob store, artefacts of a few hundred bytes, and child processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,14 @@ import torch
 
 from foreword.core.artefact import ArtefactHeader, save_artefact
 from foreword.core.block import Block
+from foreword.core.compiled import save_compiled
+from foreword.core.prompt import KVPrefix
 from foreword.core.spec import Fingerprint, LayerSpec, ModelSpec
+from foreword.registry.access_records import Limits, ShadowPair, Usage
 from foreword.registry.store import Registry, Version
+
+from .postgres import postgres_url
+from .s3 import bucket_url
 
 BASE = Fingerprint(
     model_type="llama",
@@ -59,20 +68,113 @@ class Factory:
         return path
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a registry lies."""
+
+    home: Path
+    database_url: str | None = None
+    blob_url: str | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that lead a child process there."""
+        urls = {"FOREWORD_DATABASE_URL": self.database_url or "", "FOREWORD_BLOB_URL": self.blob_url or ""}
+        return {"FOREWORD_HOME": str(self.home), **urls}
+
+    def open(self) -> Registry:
+        return Registry.open(self.home, database_url=self.database_url, blob_url=self.blob_url)
+
+    def of(self, machine: str) -> Place:
+        """The same registry as another machine sees it."""
+        return replace(self, home=self.home.parent / machine)
+
+
+def _place(kind: str) -> Any:
+    return pytest.param(kind, marks=[pytest.mark.postgres] if kind.startswith("postgres") else [])
+
+
+ON_EACH_DATABASE = [_place("sqlite-folder"), _place("postgres-folder")]
+"""For tests that are about the database alone."""
+EVERYWHERE = [*ON_EACH_DATABASE, _place("sqlite-s3"), _place("postgres-s3")]
+ON_POSTGRES = [_place("postgres-folder")]
+
+
+@pytest.fixture(params=EVERYWHERE)
+def place(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A fresh place on each database with each blob store; `indirect` parameters name some of them."""
+    database, blobs = request.param.split("-")
+    with ExitStack() as stack:
+        database_url = stack.enter_context(postgres_url()) if database == "postgres" else None
+        blob_url = stack.enter_context(bucket_url(monkeypatch)) if blobs == "s3" else None
+        yield Place(home, database_url, blob_url)
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("FOREWORD_HOME", "FOREWORD_DATABASE_URL", "FOREWORD_BLOB_URL"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path / "home"
 
 
 @pytest.fixture
-def registry(home: Path) -> Iterator[Registry]:
-    with Registry.open(home) as registry:
+def registry(place: Place) -> Iterator[Registry]:
+    with place.open() as registry:
         yield registry
 
 
 @pytest.fixture
 def artefact(tmp_path: Path) -> Factory:
     return Factory(tmp_path / "artefacts")
+
+
+class Compiled:
+    """Writes compiled files of a version; each call gives another one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, version: Version, *, dtype: torch.dtype = torch.float32, base: Fingerprint = BASE) -> Path:
+        keys, values = (tuple(torch.randn(2, 3, 4).to(dtype) for _ in SPEC.layers) for _ in "kv")
+        prefix = KVPrefix(name=version.task, digest=version.sha256, keys=keys, values=values)
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"{version.task}-{next(_seeds)}.safetensors"
+        save_compiled(path, prefix, base=base, spec=SPEC)
+        return path
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Compiled:
+    return Compiled(tmp_path / "compiled")
+
+
+def fill_access(registry: Registry, task: str = "triage") -> None:
+    """Put something into each table of access, for a task with versions 1 and 2."""
+    access = registry.access
+    access.create_tenant("shop", limits=Limits(requests_per_minute=60, concurrent=4))
+    access.create_key("shop", name="ci")
+    access.grant("shop", task, "call")
+    access.set_route(task, "canary", f"{task}@2", 0.1)
+    access.drain("http://replica-1:8000")
+    access.sync_usage("gateway-1", {"shop": Usage(requests=1, tokens=20, running=1)})
+    access.add_shadow_pair(shadow_pair(task))
+
+
+def shadow_pair(task: str = "triage", **changes: Any) -> ShadowPair:
+    fields: dict[str, Any] = {
+        "when": datetime.now(UTC),
+        "task": task,
+        "number": 1,
+        "candidate": 2,
+        "request_id": "r-1",
+        "input": None,
+        "answer": "refunds",
+        "candidate_answer": "refunds",
+        "agrees": True,
+        "seconds": 0.25,
+        "candidate_seconds": 0.5,
+    }
+    return ShadowPair(**{**fields, **changes})
 
 
 def measured(score: float, low: float, high: float, **changes: Any) -> dict[str, Any]:

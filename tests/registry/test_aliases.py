@@ -15,7 +15,7 @@ from foreword.errors import Conflict, NotFound
 from foreword.registry.aliases import evaluation_refusal
 from foreword.registry.store import Move, Registry, Version
 
-from .conftest import Factory, measured
+from .conftest import ON_EACH_DATABASE, Factory, measured
 
 
 def steps(history: list[Move]) -> list[tuple[str, int | None, int | None]]:
@@ -231,6 +231,7 @@ _actions = st.one_of(
 _names = itertools.count()
 
 
+@pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=st.lists(_actions, max_size=14))
 def test_an_alias_does_what_a_list_does(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import fsspec
@@ -12,17 +13,24 @@ import pytest
 
 from foreword.core.artefact import file_sha256
 from foreword.errors import ArtefactCorrupt, ArtefactError, ConfigError, RegistryError
-from foreword.registry.blobs import Blobs, FolderBlobs, RemoteBlobs, open_blobs, staged
+from foreword.registry.blobs import Blobs, FolderBlobs, open_blobs, staged
+from foreword.registry.remote_blobs import RemoteBlobs
 from foreword.registry.store import Registry
 
 from .conftest import Factory
+from .s3 import bucket_url
 
 
-@pytest.fixture(params=["folder", "remote"])
-def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], Blobs]]:
+@pytest.fixture(params=["folder", "memory", "s3"])
+def open_store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Blobs]]:
     """Open the same store as seen from different machines, each with a cache of its own."""
-    url = f"memory://{uuid.uuid4().hex}/blobs" if request.param == "remote" else str(tmp_path / "blobs")
-    yield lambda machine: open_blobs(url, tmp_path / machine)
+    with ExitStack() as stack:
+        url = f"memory://{uuid.uuid4().hex}/blobs" if request.param == "memory" else str(tmp_path / "blobs")
+        if request.param == "s3":
+            url = stack.enter_context(bucket_url(monkeypatch))
+        yield lambda machine: open_blobs(url, tmp_path / machine)
     fsspec.filesystem("memory").store.clear()
 
 

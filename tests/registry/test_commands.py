@@ -15,7 +15,7 @@ from foreword.cli.registry_commands import register
 from foreword.errors import ConfigError, Conflict, ForewordError, NotFound
 from foreword.registry.store import Registry
 
-from .conftest import Factory, measured
+from .conftest import ON_EACH_DATABASE, Factory, Place, measured
 
 COMMANDS = ["publish", "list", "show", "diff", "tag", "promote", "rollback", "delete", "gc"]
 
@@ -23,13 +23,13 @@ COMMANDS = ["publish", "list", "show", "diff", "tag", "promote", "rollback", "de
 class Shell:
     """Runs commands in one home."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, place: Place) -> None:
         self.app = typer.Typer()
         register(self.app)
-        self.home = home
+        self.environment = {"COLUMNS": "200", **place.environment}
 
     def __call__(self, *arguments: object) -> str:
-        result = CliRunner().invoke(self.app, [*map(str, arguments), "--home", str(self.home)], env={"COLUMNS": "200"})
+        result = CliRunner().invoke(self.app, [*map(str, arguments)], env=self.environment)
         if result.exception is not None:
             raise result.exception
         return result.output
@@ -39,11 +39,11 @@ class Shell:
 
 
 @pytest.fixture
-def shell(home: Path) -> Shell:
-    return Shell(home)
+def shell(place: Place) -> Shell:
+    return Shell(place)
 
 
-def test_a_versions_life(shell: Shell, artefact: Factory, home: Path) -> None:
+def test_a_versions_life(shell: Shell, artefact: Factory, place: Place) -> None:
     assert "no tasks yet" in shell("list")
     one = artefact(evaluation=measured(0.8, 0.75, 0.85), training={"lr": 0.3})
     assert shell("publish", one, "--alias", "prod", "--why", "first").startswith("published triage@1 (prompt, P=2, ")
@@ -68,7 +68,7 @@ def test_a_versions_life(shell: Shell, artefact: Factory, home: Path) -> None:
     assert shown.startswith("triage@2\n  aliases                 canary, prod\n")
     assert "promote (forced)" in shown
     details = shell.json("show", "triage")
-    assert Path(details["path"]).parent.parent == home / "blobs"
+    assert Path(details["path"]).parent.parent == place.home / ("cache" if place.blob_url else "blobs")
     assert [move["to"] for move in details["history"]] == [1, 2, 2]
     assert "training.lr" in shell("diff", "triage@1", "triage")
     assert shell.json("diff", "triage@1", "triage@2")["changes"]["training.lr"] == [0.3, 0.1]
@@ -125,16 +125,18 @@ def test_json_has_no_nan(shell: Shell, artefact: Factory) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_an_example(shell: Shell, command: str) -> None:
-    result = CliRunner().invoke(shell.app, [command, "--help"], env={"COLUMNS": "120", "TERM": "dumb"})
+def test_help_shows_an_example(home: Path, command: str) -> None:
+    result = CliRunner().invoke(Shell(Place(home)).app, [command, "--help"], env={"COLUMNS": "120", "TERM": "dumb"})
     assert f"Example: foreword {command}" in result.output
     for option in ("--json", "--home"):
         assert option in result.output
 
 
-def test_home_comes_from_the_environment(shell: Shell, artefact: Factory, tmp_path: Path) -> None:
-    environment = {"FOREWORD_HOME": str(tmp_path / "other")}
-    result = CliRunner().invoke(shell.app, ["publish", str(artefact())], env=environment)
-    assert result.exit_code == 0
-    with Registry.open(tmp_path / "other") as registry:
+@pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
+def test_an_explicit_home_goes_before_the_environment(shell: Shell, artefact: Factory, place: Place) -> None:
+    other = place.home.parent / "other"
+    shell("publish", artefact(), "--home", other)
+    with Registry.open(other) as registry:
         assert [task.name for task in registry.tasks()] == ["triage"]
+    with place.open() as registry:
+        assert registry.tasks() == []

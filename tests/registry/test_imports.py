@@ -15,6 +15,7 @@ def test_all_of_it_without_torch(home: Path, artefact: Factory) -> None:
         from foreword.registry.store import Registry
         home, *paths = sys.argv[1:]
         with Registry.open(home) as registry:
+            registry.access.create_tenant("shop")
             for path in paths:
                 version = registry.publish(path, alias="canary")
             registry.promote("triage@canary")
@@ -30,7 +31,7 @@ def test_all_of_it_without_torch(home: Path, artefact: Factory) -> None:
         from foreword.registry.store import Registry
         with Registry.open(sys.argv[1]) as registry:
             print(registry.resolve("triage").reference)
-        print([name for name in ("alembic", "fsspec", "rich", "torch") if name in sys.modules])
+        print([name for name in ("alembic", "fsspec", "s3fs", "psycopg", "rich", "torch") if name in sys.modules])
     """
     assert finish(start(code, home)) == "triage@2\n[]\n"
 

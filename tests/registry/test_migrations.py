@@ -2,61 +2,69 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import sqlite3
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from alembic.operations import Operations
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, inspect, text
+from sqlalchemy import Connection, Engine, inspect, text
 
 from foreword.errors import ConfigError, RegistryError
+from foreword.registry.blobs import MARKER
+from foreword.registry.database import open_engine
 from foreword.registry.migrations import FOLDER, downgrade, ensure_schema, migrating, revise, upgrade
 from foreword.registry.store import Registry
-from foreword.registry.tables import SCHEMA, Base, open_engine
+from foreword.registry.tables import SCHEMA, Base
 
-from .conftest import Factory
+from .conftest import ON_EACH_DATABASE, ON_POSTGRES, Compiled, Factory, Place, fill_access
+from .postgres import postgres_url
 
-SECOND = """
+THIRD = """
     import sqlalchemy as sa
     from alembic import op
 
-    revision, down_revision = "0002", "0001"
+    revision, down_revision = "0003", "0002"
 
     def upgrade():
-        with op.batch_alter_table("versions", recreate="always") as table:
+        copying = "always" if op.get_bind().dialect.name == "sqlite" else "never"
+        with op.batch_alter_table("versions", recreate=copying) as table:
             table.add_column(sa.Column("colour", sa.Text(), nullable=False, server_default="blue"))
         {more}
 
     def downgrade():
-        with op.batch_alter_table("versions", recreate="always") as table:
+        copying = "always" if op.get_bind().dialect.name == "sqlite" else "never"
+        with op.batch_alter_table("versions", recreate=copying) as table:
             table.drop_column("colour")
 """
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    engine = open_engine(f"sqlite:///{tmp_path / 'registry.sqlite'}")
-    yield engine
-    engine.dispose()
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    """An engine on an empty database."""
+    with ExitStack() as stack:
+        url = f"sqlite:///{tmp_path / 'registry.sqlite'}"
+        if request.param == "postgres":
+            url = stack.enter_context(postgres_url(is_empty=True))
+        engine = open_engine(url)
+        yield engine
+        engine.dispose()
 
 
 @pytest.fixture
 def later(tmp_path: Path) -> Path:
-    """The migrations, with room for a second one."""
+    """The migrations, with room for another one."""
     return Path(shutil.copytree(FOLDER, tmp_path / "migrations 100%"))
 
 
-def add_second(folder: Path, more: str = "") -> None:
-    (folder / "versions" / "v0002_colour.py").write_text(textwrap.dedent(SECOND).format(more=more))
+def add_third(folder: Path, more: str = "") -> None:
+    (folder / "versions" / "v0003_colour.py").write_text(textwrap.dedent(THIRD).format(more=more))
 
 
 def test_models_and_migrations_agree(engine: Engine) -> None:
@@ -80,25 +88,66 @@ def test_down_and_up_again(engine: Engine) -> None:
         assert set(Base.metadata.tables) < set(inspect(connection).get_table_names())
 
 
-def test_an_older_schema_is_migrated_with_its_data(home: Path, artefact: Factory, later: Path) -> None:
-    with Registry.open(home) as registry:
+FIRST_TABLES = ("tasks", "versions", "aliases", "alias_moves")
+
+
+def rows_of(connection: Connection, tables: tuple[str, ...]) -> dict[str, list[tuple[object, ...]]]:
+    return {table: sorted(map(tuple, connection.execute(text(f"SELECT * FROM {table}"))), key=repr) for table in tables}
+
+
+@pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
+def test_down_and_up_again_with_rows_in_all_tables(place: Place, artefact: Factory, compiled: Compiled) -> None:
+    with place.open() as registry:
+        version = registry.publish(artefact(), alias="prod")
+        registry.publish(artefact(), alias="canary")
+        registry.delete(registry.publish(artefact()).reference)
+        registry.add_compiled(compiled(version))
+        fill_access(registry)
+    engine = open_engine(place.database_url or f"sqlite:///{place.home / 'registry.sqlite'}")
+    with engine.connect() as connection:
+        before = rows_of(connection, FIRST_TABLES)
+        everything = rows_of(connection, tuple(Base.metadata.tables))
+    assert all(everything.values()), [table for table, rows in everything.items() if not rows]
+    for _ in range(2):
+        with migrating(engine) as connection:
+            downgrade(connection, "0001")
+        with engine.connect() as connection:
+            assert set(inspect(connection).get_table_names()) == {*FIRST_TABLES, "alembic_version"}
+            assert rows_of(connection, FIRST_TABLES) == before
+        assert ensure_schema(engine)
+        with engine.connect() as connection:
+            assert rows_of(connection, FIRST_TABLES) == before
+    engine.dispose()
+    (place.home / "blobs" / MARKER).unlink()  # it named the registry that the way down forgot
+    with place.open() as registry:
+        assert registry.resolve("triage@prod") == version
+        assert registry.access.snapshot().revision == 1
+        assert registry.publish(artefact()).number == 4
+        assert registry.access.revision() == 2
+
+
+@pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
+def test_an_older_schema_is_migrated_with_its_data(place: Place, artefact: Factory, later: Path) -> None:
+    with place.open() as registry:
         version = registry.publish(artefact(), alias="prod")
         registry.publish(artefact())
         registry.delete("triage@2")
-    add_second(later)
-    engine = open_engine(f"sqlite:///{home / 'registry.sqlite'}")
-    assert ensure_schema(engine, head="0002", folder=later)
-    assert not ensure_schema(engine, head="0002", folder=later)
+    add_third(later)
+    engine = open_engine(place.database_url or f"sqlite:///{place.home / 'registry.sqlite'}")
+    assert ensure_schema(engine, head="0003", folder=later)
+    assert not ensure_schema(engine, head="0003", folder=later)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT colour FROM versions")).scalars().all() == ["blue", "blue"]
-        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
         assert len(inspect(connection).get_foreign_keys("aliases")) == 2
-    with pytest.raises(RegistryError, match=r"has schema 0002, this foreword knows 0001\nUpdate foreword"):
-        Registry.open(home)
+        if engine.dialect.name == "sqlite":
+            assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+    with pytest.raises(RegistryError, match=r"has schema 0003, this foreword knows 0002\nUpdate foreword") as caught:
+        place.open()
+    assert place.database_url is None or place.database_url not in str(caught.value)
     with migrating(engine) as connection:
-        downgrade(connection, "0001", folder=later)
+        downgrade(connection, "0002", folder=later)
     engine.dispose()
-    with Registry.open(home) as registry:
+    with place.open() as registry:
         assert registry.resolve("triage@prod") == version
 
 
@@ -115,10 +164,10 @@ def test_a_migration_that_fails_changes_nothing(
 ) -> None:
     with Registry.open(home) as registry:
         version = registry.publish(artefact(), alias="prod")
-    add_second(later, more)
+    add_third(later, more)
     engine = open_engine(f"sqlite:///{home / 'registry.sqlite'}")
     with pytest.raises((RegistryError, RuntimeError), match=message):
-        ensure_schema(engine, head="0002", folder=later)
+        ensure_schema(engine, head="0003", folder=later)
     with engine.connect() as connection:
         assert "colour" not in {column["name"] for column in inspect(connection).get_columns("versions")}
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
@@ -129,36 +178,34 @@ def test_a_migration_that_fails_changes_nothing(
 
 def test_revise_writes_the_next_step(later: Path) -> None:
     path = revise("nothing new", folder=later)
-    assert path == later / "versions" / "v0002_nothing_new.py"
+    assert path == later / "versions" / "v0003_nothing_new.py"
     assert "pass" in path.read_text()
     path.unlink()
-    (later / "versions" / "v0001_first_tables.py").unlink()
+    for step in (later / "versions").glob("v*.py"):
+        step.unlink()
     path = revise("all tables", folder=later)
     assert path.name == "v0001_all_tables.py"
     assert "foreword." not in path.read_text()
     engine = open_engine(f"sqlite:///{later / 'registry.sqlite'}")
-    assert ensure_schema(engine, folder=later)
+    assert ensure_schema(engine, head="0001", folder=later)
     engine.dispose()
 
 
-def test_postgresql_takes_the_migration() -> None:
-    sql = io.StringIO()
-    context = MigrationContext.configure(dialect_name="postgresql", opts={"as_sql": True, "output_buffer": sql})
-    module = ScriptDirectory(str(FOLDER)).get_revision(SCHEMA).module
-    with Operations.context(context):
-        module.upgrade()
-        module.downgrade()
-    assert "num_bytes BIGINT NOT NULL" in sql.getvalue()
-    assert "created TIMESTAMP WITH TIME ZONE NOT NULL" in sql.getvalue()
-    assert "CREATE UNIQUE INDEX uq_versions_live_task_sha256 ON versions (task, sha256) WHERE deleted IS NULL" in (
-        sql.getvalue()
-    )
+@pytest.mark.parametrize("place", ON_POSTGRES, indirect=True)
+def test_a_migration_that_fails_on_postgresql_changes_nothing(place: Place, later: Path) -> None:
+    add_third(later, "op.execute('SELECT nonsense')")
+    engine = open_engine(place.database_url or "")
+    with pytest.raises(RegistryError, match=r'cannot open the registry at .*column "nonsense" does not exist'):
+        ensure_schema(engine, head="0003", folder=later)
+    with engine.connect() as connection:
+        assert "colour" not in {column["name"] for column in inspect(connection).get_columns("versions")}
+    engine.dispose()
 
 
 def test_foreign_keys_and_checks_hold(home: Path, artefact: Factory) -> None:
     with Registry.open(home) as registry:
         registry.publish(artefact(), alias="prod")
-    with Registry.open(home) as registry, registry._engine.connect() as connection:
+    with Registry.open(home) as registry, registry._database.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000
@@ -204,9 +251,9 @@ def test_a_file_that_is_no_database(home: Path, content: bytes) -> None:
     [
         ("sqlite://", "cannot live in sqlite://"),
         ("mysql://ann:secret@host/db", r"cannot live in mysql://ann:\*\*\*@host/db"),
-        ("nonsense", "not a database URL"),
-        ("oracul://x", "not a database URL|cannot live in"),
-        ("postgresql+nodriver://x", "not a database URL"),
+        ("nonsense", "database URL is malformed"),
+        ("oracul://x", "cannot live in"),
+        ("postgresql+nodriver://x", "no such kind of database"),
     ],
 )
 def test_a_database_that_is_none(home: Path, url: str, message: str) -> None:

@@ -16,10 +16,10 @@ from foreword.errors import ArtefactCorrupt, ArtefactError, ConfigError, Conflic
 from foreword.registry.blobs import staged
 from foreword.registry.store import Registry
 
-from .conftest import BASE, Factory, measured, numbers
+from .conftest import BASE, Factory, Place, measured, numbers
 
 
-def test_publish_keeps_what_the_file_says(registry: Registry, artefact: Factory, home: Path) -> None:
+def test_publish_keeps_what_the_file_says(registry: Registry, artefact: Factory, place: Place) -> None:
     evaluation = measured(0.9, 0.87, 0.93)
     path = artefact(num_vectors=3, evaluation=evaluation, parent="a" * 64)
     version = registry.publish(path, who="ann", why="first")
@@ -32,17 +32,18 @@ def test_publish_keeps_what_the_file_says(registry: Registry, artefact: Factory,
     assert datetime.now(UTC) - version.created < timedelta(minutes=1)
     assert version.created.tzinfo is UTC
     assert registry.resolve("triage@1") == version
-    assert registry.home == home
+    assert registry.home == place.home
     blob = registry.path(version)
-    assert blob == home / "blobs" / version.sha256[:2] / f"{version.sha256}.safetensors"
+    folder = place.home / ("cache" if place.blob_url else "blobs")
+    assert blob == folder / version.sha256[:2] / f"{version.sha256}.safetensors"
     assert load_artefact(blob).sha256 == version.sha256
 
 
-def test_everything_survives_reopening(home: Path, artefact: Factory) -> None:
-    with Registry.open(home) as registry:
+def test_everything_survives_reopening(place: Place, artefact: Factory) -> None:
+    with place.open() as registry:
         version = registry.publish(artefact(), alias="prod", who="ann")
         history = registry.history("triage")
-    with Registry.open(home) as registry:
+    with place.open() as registry:
         assert registry.resolve("triage") == version
         assert registry.history("triage") == history
         assert registry.aliases("triage") == {"prod": 1}
@@ -199,7 +200,10 @@ def test_a_bad_file_is_not_published(registry: Registry, artefact: Factory, tmp_
     ("fields", "message"),
     [
         ({"base": {**BASE.to_json(), "model_type": ["llama"]}}, "wrong base: .*'llama'"),
-        ({"base": {**BASE.to_json(), "quantisation": "\ud800"}}, "base.quantisation .* not a text"),
+        (
+            {"base": {**BASE.to_json(), "quantisation": "\ud800"}},
+            "not a text|surrogates not",
+        ),
         ({"parent": 7}, "wrong parent: 7"),
         ({"parent": "abc"}, "parent .* is 'abc', not a sha256"),
         ({"evaluation": [1]}, "wrong evaluation: .1"),
@@ -273,7 +277,7 @@ def test_delete(registry: Registry, artefact: Factory) -> None:
     for reference in ("triage", "triage@prod"):
         with pytest.raises(ConfigError, match="has no version number"):
             registry.delete(reference)
-    with pytest.raises(Conflict, match="triage@1 is in use by the alias canary and prod"):
+    with pytest.raises(Conflict, match="triage@1 is in use by the alias canary and the alias prod"):
         registry.delete("triage@1")
     registry.publish(artefact(), alias="prod")
     registry.untag("triage", "canary")

@@ -12,9 +12,10 @@ from foreword.core.artefact import read_header
 from foreword.errors import ArtefactCorrupt, ConfigError, Conflict, RegistryError
 from foreword.registry.store import Registry
 
-from .conftest import Factory, overwrite
+from .conftest import ON_EACH_DATABASE, Factory, Place, overwrite
 
 
+@pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
 def test_a_changed_blob_is_found(registry: Registry, artefact: Factory) -> None:
     path = artefact()
     version = registry.publish(path)
@@ -36,6 +37,7 @@ def test_a_changed_blob_is_found(registry: Registry, artefact: Factory) -> None:
     assert registry.path(version).read_bytes() == whole
 
 
+@pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
 def test_another_versions_file_in_its_place_is_found(registry: Registry, artefact: Factory) -> None:
     one, two = registry.publish(artefact()), registry.publish(artefact())
     overwrite(registry.path(one), registry.path(two).read_bytes())
@@ -43,6 +45,7 @@ def test_another_versions_file_in_its_place_is_found(registry: Registry, artefac
         registry.path(one)
 
 
+@pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
 def test_a_blob_folder_that_breaks(registry: Registry, artefact: Factory, home: Path) -> None:
     registry.publish(artefact())
     (home / "blobs" / ".staging").rmdir()
@@ -52,7 +55,8 @@ def test_a_blob_folder_that_breaks(registry: Registry, artefact: Factory, home: 
     assert len(registry.versions("triage")) == 1
 
 
-def test_gc(registry: Registry, artefact: Factory, home: Path) -> None:
+@pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
+def test_gc_in_a_folder(registry: Registry, artefact: Factory, home: Path) -> None:
     one, two = registry.publish(artefact(), alias="prod"), registry.publish(artefact())
     shared = registry.publish(registry.path(two), task="mail")
     stray = registry.blobs.staging / "left.safetensors"
@@ -77,11 +81,9 @@ def test_gc(registry: Registry, artefact: Factory, home: Path) -> None:
     assert (home / "blobs" / "ab" / "notes.safetensors").exists()
     os.utime(registry.path(one), (0, 0))
     assert registry.gc(0).num_blobs == 0
-    for grace_s in (-1, float("nan")):
-        with pytest.raises(ConfigError, match="grace period"):
-            registry.gc(grace_s)
 
 
+@pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
 def test_gc_leaves_what_is_published_again_meanwhile(registry: Registry, artefact: Factory) -> None:
     path = artefact()
     version = registry.publish(path)
@@ -91,6 +93,53 @@ def test_gc_leaves_what_is_published_again_meanwhile(registry: Registry, artefac
     registry.publish(path)
     assert [registry.blobs.remove(blob) for blob in stored] == [False]
     assert registry.path(registry.resolve("triage")).exists()
+
+
+def test_gc(registry: Registry, artefact: Factory) -> None:
+    one, two = registry.publish(artefact(), alias="prod"), registry.publish(artefact())
+    shared = registry.publish(registry.path(two), task="mail")
+    for reference in ("triage@2", "mail@1"):
+        assert registry.gc(0).num_blobs == 0
+        registry.delete(reference)
+    assert registry.gc().num_blobs == 0  # young
+    assert registry.gc(0, dry_run=True).num_bytes == shared.num_bytes
+    assert registry.blobs.has(two.sha256)
+    assert registry.gc(0, who="ann").num_bytes == shared.num_bytes
+    assert not registry.blobs.has(two.sha256)
+    with pytest.raises(RegistryError, match="is gone"):
+        registry.path(two)
+    assert registry.header(one).task == "triage"
+    for grace_s in (-1, float("nan")):
+        with pytest.raises(ConfigError, match="grace period"):
+            registry.gc(grace_s)
+    (entry,) = registry.access.audit(action="gc")
+    assert (entry.who, entry.details) == ("ann", {"blobs": 1, "bytes": two.num_bytes})
+
+
+def test_gc_of_many(registry: Registry, artefact: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foreword.registry.upkeep.BATCH", 2)
+    kept = registry.publish(artefact(), alias="prod")
+    for _ in range(5):
+        registry.delete(registry.publish(artefact()).reference)
+    assert registry.gc(0).num_blobs == 5
+    assert [entry.details["blobs"] for entry in registry.access.audit(action="gc")] in ([1, 2, 2], [2, 2, 1], [2, 1, 2])
+    assert registry.header(kept).task == "triage"
+
+
+def test_two_registries_cannot_share_a_blob_store(place: Place, home: Path, artefact: Factory) -> None:
+    with place.open() as mine:
+        kept = mine.publish(artefact())
+        where = mine.blobs.url
+    with Registry.open(home.parent / "other", blob_url=where) as other:
+        for call in (lambda: other.publish(artefact()), lambda: other.gc(0)):
+            with pytest.raises(Conflict, match=r"belong to the registry .*\nGive each registry a place"):
+                call()
+        assert other.tasks() == []
+    with place.open() as mine, place.of("elsewhere").open() as also_mine:
+        assert mine.gc(0).num_blobs == 0
+        if place.blob_url is not None and place.database_url is not None:
+            assert also_mine.header(kept).task == "triage"
+            assert also_mine.publish(artefact()).number == 2
 
 
 def test_a_publish_that_loses_its_blob_leaves_no_version(

@@ -7,13 +7,17 @@ import sys
 import typer
 
 from foreword.cli import (
+    access_commands,
     demo_command,
     doctor_command,
     eval_command,
     files_command,
     registry_commands,
     serve_command,
+    top_command,
+    traffic_commands,
     train_command,
+    vllm_commands,
 )
 from foreword.errors import ForewordError
 
@@ -30,7 +34,11 @@ for group in (
     train_command,
     eval_command,
     registry_commands,
+    access_commands,
+    traffic_commands,
     serve_command,
+    top_command,
+    vllm_commands,
     files_command,
     doctor_command,
 ):

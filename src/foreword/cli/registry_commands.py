@@ -57,15 +57,15 @@ def publish(
     Example: foreword publish runs/triage/best.safetensors --alias canary --why "longer prompt"
     """
     report = _read_report(evaluation) if evaluation else None
-    with _open(home) as registry:
+    with open_registry(home) as registry:
         version = registry.publish(artefact, task=task, alias=alias, who=who, why=why, evaluation=report)
     if as_json:
         print_json(version.to_json() | {"is_new": version.is_new})
         return
     done = f"published {version.reference}" if version.is_new else f"published before as {version.reference}"
-    _say(f"{done} ({version.method}, P={version.num_vectors}, {_bytes(version.num_bytes)}, {version.sha256[:12]})")
+    say(f"{done} ({version.method}, P={version.num_vectors}, {_bytes(version.num_bytes)}, {version.sha256[:12]})")
     if alias is not None:
-        _say(f"{version.task}@{alias} -> {version.reference}")
+        say(f"{version.task}@{alias} -> {version.reference}")
 
 
 def list_(
@@ -79,7 +79,7 @@ def list_(
 
     Example: foreword list triage
     """
-    with _open(home) as registry:
+    with open_registry(home) as registry:
         if task is None:
             _list_tasks(registry, as_json)
         else:
@@ -91,7 +91,7 @@ def _list_tasks(registry: Registry, as_json: bool) -> None:
     if as_json:
         print_json([task.to_json() for task in tasks])
     elif not tasks:
-        _say("no tasks yet; `foreword publish FILE` makes the first")
+        say("no tasks yet; `foreword publish FILE` makes the first")
     else:
         rows = [
             (task.name, task.num_versions, task.newest, ", ".join(f"{a} -> {n}" for a, n in task.aliases.items()))
@@ -131,7 +131,7 @@ def show(reference: Reference, home: Home = None, as_json: Json = False) -> None
 
     Example: foreword show triage@canary
     """
-    with _open(home) as registry:
+    with open_registry(home) as registry:
         version = registry.resolve(reference)
         path, aliases = registry.path(version), registry.aliases(version.task)
         history = registry.history(version.task)
@@ -171,9 +171,9 @@ def _show_version(version: Version, aliases: list[str], path: Path) -> None:
         "why": version.why or None,
         **{f"evaluation.{name}": _short(value) for name, value in version.evaluation.items()},
     }
-    _say(version.reference)
+    say(version.reference)
     for name, value in facts.items():
-        _say(f"  {name:<24}{plain(value)}")
+        say(f"  {name:<24}{plain(value)}")
 
 
 def diff(
@@ -186,12 +186,12 @@ def diff(
 
     Example: foreword diff triage@prod triage@canary
     """
-    with _open(home) as registry:
+    with open_registry(home) as registry:
         difference = registry.diff(a, b)
     if as_json:
         print_json(difference.to_json())
     elif not difference.changes:
-        _say(f"{difference.a.reference} and {difference.b.reference} do not differ")
+        say(f"{difference.a.reference} and {difference.b.reference} do not differ")
     else:
         rows = [(change.name, _short(change.a), _short(change.b)) for change in difference.changes]
         print_table(("field", difference.a.reference, difference.b.reference), rows)
@@ -211,7 +211,7 @@ def tag(
 
     Example: foreword tag triage@7 canary --why "try it on 5 %"
     """
-    with _open(home) as registry:
+    with open_registry(home) as registry:
         if remove:
             move = registry.untag(reference, alias, who=who, why=why, expect=expect)
         else:
@@ -236,7 +236,7 @@ def promote(
 
     Example: foreword promote triage@canary --base models/base --why "won on the dev split"
     """
-    with _open(home) as registry:
+    with open_registry(home) as registry:
 
         def conformance(candidate: Version, current: Version | None) -> str | None:
             from foreword.doctor.checks import check_artefact
@@ -262,7 +262,7 @@ def rollback(
 
     Example: foreword rollback triage --why "wrong queue for refunds"
     """
-    with _open(home) as registry:
+    with open_registry(home) as registry:
         move = registry.rollback(task, alias, who=who, why=why, expect=expect)
     _print_move(move, as_json)
 
@@ -278,12 +278,12 @@ def delete(
 
     Example: foreword delete triage@3
     """
-    with _open(home) as registry:
+    with open_registry(home) as registry:
         version = registry.delete(reference, who=who, why=why)
     if as_json:
         print_json(version.to_json())
     else:
-        _say(f"deleted {version.reference}; `foreword gc` frees its file when no other version has it")
+        say(f"deleted {version.reference}; `foreword gc` frees its file when no other version has it")
 
 
 def gc(
@@ -296,15 +296,16 @@ def gc(
 
     Example: foreword gc --dry-run
     """
-    with _open(home) as registry:
+    with open_registry(home) as registry:
         freed = registry.gc(grace_s, dry_run=dry_run)
     if as_json:
         print_json(freed.to_json() | {"dry_run": dry_run})
     else:
-        _say(f"{'would free' if dry_run else 'freed'} {freed.num_blobs} files, {_bytes(freed.num_bytes)}")
+        say(f"{'would free' if dry_run else 'freed'} {freed.num_blobs} files, {_bytes(freed.num_bytes)}")
 
 
-def _open(home: Path | None) -> Registry:
+def open_registry(home: Path | None) -> Registry:
+    """Open the registry that an option or the environment names."""
     from foreword.registry.store import Registry
 
     return Registry.open(home)
@@ -322,7 +323,8 @@ def _read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print one line, in which nothing can control the terminal."""
     console().print(plain(text))
 
 
@@ -333,11 +335,11 @@ def _print_move(move: Move, as_json: bool) -> None:
     names = [f"{move.task}@{number}" if number else "not set" for number in (move.from_number, move.to_number)]
     if not move.is_new:
         since = f"moved by {move.who} at {move.when:%Y-%m-%d %H:%M} UTC"
-        _say(f"{move.task}@{move.alias} points at {names[1]} already, {since}")
+        say(f"{move.task}@{move.alias} points at {names[1]} already, {since}")
         return
-    _say(f"{move.task}@{move.alias}: {names[0]} -> {names[1]}")
+    say(f"{move.task}@{move.alias}: {names[0]} -> {names[1]}")
     if move.overruled:
-        _say(f"forced, against: {move.overruled}")
+        say(f"forced, against: {move.overruled}")
 
 
 def _bytes(count: int) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from foreword.errors import Conflict
-from foreword.registry.records import Version
+from foreword.registry.audit import bump, write_audit
+from foreword.registry.records import Move, Version, move_from_row
 from foreword.registry.tables import AliasRow, MoveRow, VersionRow
 
 Gate = Callable[[Version, Version | None], str | None]
@@ -21,6 +23,7 @@ _SAME_MEASUREMENT = ("metric", "split", "data_sha256")
 
 def move_alias(
     session: Session,
+    now: datetime,
     task: str,
     alias: str,
     target: VersionRow | None,
@@ -31,10 +34,10 @@ def move_alias(
     expect: int | None = None,
     forced: bool = False,
     overruled: str = "",
-) -> tuple[MoveRow, bool]:
-    """Point an alias at `target` (None removes it) and write that down; return the move and whether it is new.
+) -> Move:
+    """Point an alias at `target` (None removes it) and write that down; return the move.
 
-    Where it points there already, nothing is written and its last move is returned.
+    Where it points there already, nothing is written and its last move is returned, with `is_new` False.
     Raises Conflict when `expect` is given and the alias points elsewhere (0 expects it unset).
     """
     row = session.get(AliasRow, (task, alias))
@@ -43,7 +46,7 @@ def move_alias(
     if expect is not None and expect != (current or 0):
         raise _moved(task, alias, expect, current, last)
     if current == to_number and last is not None:
-        return last, False
+        return move_from_row(last)
     if row is None:
         if to_number is not None:
             session.add(AliasRow(task=task, name=alias, number=to_number))
@@ -59,14 +62,17 @@ def move_alias(
         to_number=to_number,
         who=who,
         why=why,
-        moved=datetime.now(UTC),
+        moved=now,
         evaluation=target.evaluation if target else {},
         forced=forced,
         overruled=overruled,
     )
     session.add(move)
+    details = {"from": current, "to": to_number, "why": why, "forced": forced, "overruled": overruled}
+    write_audit(session, now, who, action, f"{task}@{alias}", details)
+    bump(session)
     session.flush()
-    return move, True
+    return replace(move_from_row(move), is_new=True)
 
 
 def rollback_number(session: Session, task: str, alias: str) -> int | None:

@@ -11,19 +11,20 @@ import hashlib
 import os
 import re
 import secrets
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from foreword.core.artefact import file_sha256
-from foreword.errors import ArtefactCorrupt, ArtefactError, ConfigError, RegistryError
+from foreword.errors import ArtefactCorrupt, ArtefactError, RegistryError
 from foreword.registry.folders import make_folder
 
 SUFFIX = ".safetensors"
 STAGING = ".staging"
+MARKER = ".registry"
+"""The file that names the registry to which a blob store belongs."""
 _KEY = re.compile(r"[0-9a-f]{2}/([0-9a-f]{64})" + re.escape(SUFFIX))
 _CHUNK_BYTES = 2**20
 
@@ -53,6 +54,10 @@ class Blobs(Protocol):
     """A store of blobs: a folder or a remote file system. Every method raises RegistryError when the store fails."""
 
     @property
+    def url(self) -> str:
+        """Where it lies, as `open_blobs` takes it: what another machine is told."""
+
+    @property
     def staging(self) -> Path:
         """The local folder for staged copies."""
 
@@ -71,6 +76,9 @@ class Blobs(Protocol):
     def remove(self, blob: StoredBlob) -> bool:
         """Remove what `stored` yielded; return False where it is gone already, or was put again since."""
 
+    def claim(self, owner: str) -> str:
+        """Mark the store as a registry's, by its id, where nobody has; return whose it is."""
+
 
 def open_blobs(url: str | Path, cache: Path) -> Blobs:
     """Open the blob store in a folder, or at an fsspec URL with `cache` as the folder for fetched copies.
@@ -80,13 +88,9 @@ def open_blobs(url: str | Path, cache: Path) -> Blobs:
     url = str(url)
     if "://" not in url or url.startswith(("file://", "local://")):
         return FolderBlobs(make_folder(Path(url.split("://", 1)[-1]).expanduser().absolute(), "blob folder"))
-    from fsspec.core import url_to_fs
+    from foreword.registry.remote_blobs import open_remote  # fsspec and its drivers take their time to import
 
-    try:
-        files, root = url_to_fs(url)
-    except (ImportError, ValueError, OSError) as error:
-        raise ConfigError(f"cannot open blobs at {url}: {error}", hint="For s3://… install s3fs.") from error
-    return RemoteBlobs(files, root.rstrip("/"), cache)
+    return open_remote(url, cache)
 
 
 @contextmanager
@@ -123,6 +127,7 @@ class FolderBlobs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.url = str(folder)
         self.staging = folder / STAGING
 
     def put(self, staged: Staged) -> None:
@@ -142,120 +147,56 @@ class FolderBlobs:
         """Return the blob's file, its digest proved."""
         path = self._path(sha256)
         try:
-            _prove(path, sha256)
+            prove(path, sha256)
         except FileNotFoundError:
-            raise _lost(path) from None
+            raise lost(path) from None
         return path
 
     def stored(self) -> Iterator[StoredBlob]:
         """Yield every blob and every staged copy in the folder; foreign files are left alone."""
         for path in self.folder.glob(f"[0-9a-f][0-9a-f]/*{SUFFIX}"):
             key = path.relative_to(self.folder).as_posix()
-            if match := _KEY.fullmatch(key):
-                yield from _stat(path, key, match[1])
-        yield from _staged_copies(self.staging)
+            if (sha256 := blob_digest(key)) is not None:
+                yield from _stat(path, key, sha256)
+        yield from staged_copies(self.staging)
 
     def remove(self, blob: StoredBlob) -> bool:
         """Unlink the file."""
-        return _unlink(self.folder / blob.key, blob)
+        return unlink(self.folder / blob.key, blob)
+
+    def claim(self, owner: str) -> str:
+        """Write the marker, whole or not at all, unless there is one."""
+        marker, temporary = self.folder / MARKER, self.folder / f"{MARKER}.{secrets.token_hex(8)}"
+        with _store_errors(f"cannot mark {marker}"):
+            if not marker.exists():
+                temporary.write_text(owner + "\n")
+                try:
+                    os.link(temporary, marker)
+                except OSError:
+                    if not marker.exists():  # a file system without links
+                        os.replace(temporary, marker)
+                finally:
+                    temporary.unlink(missing_ok=True)
+                _sync_folder(self.folder)
+            return marker.read_text().strip()
 
     def _path(self, sha256: str) -> Path:
-        return self.folder / _key(sha256)
+        return self.folder / blob_key(sha256)
 
 
-class RemoteBlobs:
-    """Blobs behind fsspec. A fetched one is kept in a local cache and proved at every use.
-
-    Object stores show an upload when it is whole. Where one is interrupted on a file system that does not, no version
-    refers to it yet, and the next publish writes over it.
-    """
-
-    def __init__(self, files: Any, root: str, cache: Path) -> None:
-        self.files = files
-        self.root = root
-        self.cache = cache
-        self.staging = cache / STAGING
-
-    def put(self, staged: Staged) -> None:
-        """Upload the staged file and check that as many bytes arrived."""
-        key = f"{self.root}/{_key(staged.sha256)}"
-        with _store_errors(f"cannot upload to {key}"):
-            self.files.makedirs(key.rsplit("/", 1)[0], exist_ok=True)
-            self.files.put_file(str(staged.path), key)
-            self.files.invalidate_cache()
-            num_bytes = self.files.size(key)
-        staged.path.unlink()
-        if num_bytes != staged.num_bytes:
-            raise RegistryError(f"{key} has {num_bytes} bytes after an upload of {staged.num_bytes}", hint="Try again.")
-
-    def has(self, sha256: str) -> bool:
-        """Return whether the blob exists remotely."""
-        with _store_errors("cannot ask for a blob"):
-            self.files.invalidate_cache()
-            return bool(self.files.exists(f"{self.root}/{_key(sha256)}"))
-
-    def fetch(self, sha256: str) -> Path:
-        """Return the cached copy, or download it; proved by its digest either way."""
-        path, key = self.cache / _key(sha256), f"{self.root}/{_key(sha256)}"
-        with suppress(FileNotFoundError, ArtefactCorrupt):  # a bad copy is fetched again
-            _prove(path, sha256)
-            return path
-        temporary: Path | None = None
-        try:
-            with _store_errors(f"cannot fetch {key}"):
-                self.staging.mkdir(parents=True, exist_ok=True)
-                descriptor, name = tempfile.mkstemp(dir=self.staging, suffix=SUFFIX)
-                os.close(descriptor)
-                temporary = Path(name)
-                try:
-                    self.files.get_file(key, name)
-                except FileNotFoundError:
-                    raise _lost(key) from None
-                _prove(temporary, sha256, key)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(temporary, path)
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-        return path
-
-    def stored(self) -> Iterator[StoredBlob]:
-        """Yield every remote blob, and the staged copies of this machine."""
-        with _store_errors(f"cannot list {self.root}"):
-            self.files.invalidate_cache()
-            found = self.files.find(self.root, detail=True) if self.files.exists(self.root) else {}
-            for name, info in found.items():
-                key = name.removeprefix(f"{self.root}/")
-                if match := _KEY.fullmatch(key):
-                    yield StoredBlob(key, match[1], int(info["size"]), self._modified(name, info))
-        yield from _staged_copies(self.staging)
-
-    def remove(self, blob: StoredBlob) -> bool:
-        """Remove the blob remotely and from this machine's cache."""
-        if blob.sha256 is None:
-            return _unlink(self.cache / blob.key, blob)
-        name = f"{self.root}/{blob.key}"
-        with _store_errors(f"cannot remove {name}"):
-            self.files.invalidate_cache()
-            try:
-                if self._modified(name, self.files.info(name)) != blob.modified:
-                    return False
-                self.files.rm_file(name)
-            except FileNotFoundError:
-                return False
-            (self.cache / blob.key).unlink(missing_ok=True)
-        return True
-
-    def _modified(self, name: str, info: Any) -> float:
-        # S3's listing says it; others are asked one by one.
-        return float((info.get("LastModified") or self.files.modified(name)).timestamp())
-
-
-def _key(sha256: str) -> str:
+def blob_key(sha256: str) -> str:
+    """Return where a blob lies in its store."""
     return f"{sha256[:2]}/{sha256}{SUFFIX}"
 
 
-def _prove(path: Path, sha256: str, shown: str = "") -> None:
+def blob_digest(key: str) -> str | None:
+    """Return the digest of the blob that lies at a key, or None where it is none of a blob."""
+    match = _KEY.fullmatch(key)
+    return match[1] if match else None
+
+
+def prove(path: Path, sha256: str, shown: str = "") -> None:
+    """Raise ArtefactCorrupt where a file's digest is another, FileNotFoundError where it is gone."""
     try:
         found = file_sha256(path)
     except FileNotFoundError:
@@ -269,7 +210,8 @@ def _prove(path: Path, sha256: str, shown: str = "") -> None:
         )
 
 
-def _lost(where: Path | str) -> RegistryError:
+def lost(where: Path | str) -> RegistryError:
+    """Return the error for a blob that is not there."""
     return RegistryError(
         f"the blob {where} is gone", hint="Publish the original file again, or restore the blob from a backup."
     )
@@ -281,7 +223,8 @@ def _stat(path: Path, key: str, sha256: str | None) -> Iterator[StoredBlob]:
         yield StoredBlob(key, sha256, stat.st_size, stat.st_mtime)
 
 
-def _unlink(path: Path, blob: StoredBlob) -> bool:
+def unlink(path: Path, blob: StoredBlob) -> bool:
+    """Remove a file that has not changed since it was listed; return whether it was removed."""
     with _store_errors(f"cannot remove {path}"):
         try:
             if path.stat().st_mtime != blob.modified:
@@ -292,7 +235,8 @@ def _unlink(path: Path, blob: StoredBlob) -> bool:
         return True
 
 
-def _staged_copies(staging: Path) -> Iterator[StoredBlob]:
+def staged_copies(staging: Path) -> Iterator[StoredBlob]:
+    """Yield the staged copies in a folder."""
     for path in staging.glob(f"*{SUFFIX}"):
         yield from _stat(path, f"{STAGING}/{path.name}", None)
 

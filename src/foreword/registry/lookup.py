@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from sqlalchemy import func, select
+from typing import Any, NoReturn
+
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from foreword.errors import NotFound, did_you_mean
-from foreword.registry.records import is_name, split_reference
+from foreword.registry.records import digest_of, is_name, split_reference
 from foreword.registry.tables import AliasRow, TaskRow, VersionRow
 
 PROD = "prod"
@@ -28,21 +30,41 @@ def aliases_of(session: Session, task: str) -> dict[str, int]:
 
 
 def find(session: Session, reference: str) -> VersionRow:
-    """Return the version that a reference names now, or raise NotFound."""
+    """Return the version that a reference names now, in one query, or raise NotFound."""
+    named = _named(reference)
+    row = None if named is None else session.scalars(named).first()
+    return row if row is not None else _explain(session, reference)
+
+
+def _named(reference: str) -> Select[VersionRow] | None:
+    live = select(VersionRow).where(VersionRow.deleted.is_(None))
+    if (sha256 := digest_of(reference)) is not None:
+        newest_first = (VersionRow.created.desc(), VersionRow.number.desc(), VersionRow.task)
+        return live.where(VersionRow.sha256 == sha256).order_by(*newest_first).limit(1)
+    task, selector = split_reference(reference)
+    if not is_name(task) or (isinstance(selector, str) and not is_name(selector)):
+        return None
+    if isinstance(selector, int):
+        return live.where(VersionRow.task == task, VersionRow.number == selector)
+    points_at = select(AliasRow.number).where(AliasRow.task == task, AliasRow.name == (selector or PROD))
+    number: Any = points_at.scalar_subquery()
+    if selector is None:
+        newest = select(func.max(VersionRow.number)).where(VersionRow.task == task, VersionRow.deleted.is_(None))
+        number = func.coalesce(number, newest.scalar_subquery())
+    return live.where(VersionRow.task == task, VersionRow.number == number)
+
+
+def _explain(session: Session, reference: str) -> NoReturn:
+    if (sha256 := digest_of(reference)) is not None:
+        raise NotFound(f"no version has the sha256 {sha256}", hint="It was never published here, or is deleted.")
     task, selector = split_reference(reference)
     find_task(session, task)
     if isinstance(selector, int):
-        return find_version(session, task, selector)
-    aliases = aliases_of(session, task)
-    if (name := PROD if selector is None else selector) in aliases:
-        return find_version(session, task, aliases[name])
-    if selector is not None:
-        raise NotFound(f"{task} has no alias {selector[:80]!r}", hint=did_you_mean(selector, aliases))
-    live = select(func.max(VersionRow.number)).where(VersionRow.task == task, VersionRow.deleted.is_(None))
-    newest = session.scalar(live)
-    if newest is None:
-        raise NotFound(f"{task} has no versions", hint="All were deleted; publish one.")
-    return find_version(session, task, newest)
+        find_version(session, task, selector)
+    elif selector is not None:
+        known = aliases_of(session, task)
+        raise NotFound(f"{task} has no alias {selector[:80]!r}", hint=did_you_mean(selector, known))
+    raise NotFound(f"{task} has no versions", hint="All were deleted; publish one.")
 
 
 def find_version(session: Session, task: str, number: int) -> VersionRow:

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from foreword.core.artefact import ArtefactHeader
+from foreword.core.compiled import CompiledHeader
 from foreword.core.spec import Fingerprint
 from foreword.errors import ArtefactCorrupt, ConfigError
 from foreword.registry.tables import MoveRow, VersionRow
@@ -157,6 +158,20 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledBlob:
+    """A compiled file among the blobs: what an engine that cannot compile loads."""
+
+    sha256: str
+    """Of the compiled file."""
+    source: str
+    """Of the artefact that it was made from."""
+    dtype: str
+    num_positions: int
+    """N: literal tokens of the block and vectors."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Freed:
     """What gc removed."""
 
@@ -188,6 +203,11 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
+def is_sha256(value: str) -> bool:
+    """Return whether the value is a digest as the registry writes it: 64 hex digits, in lower case."""
+    return _SHA256.fullmatch(value) is not None
+
+
 def split_reference(reference: str) -> tuple[str, str | int | None]:
     """Split "triage", "triage@canary" or "triage@7" into the task and None, an alias or a number.
 
@@ -197,6 +217,12 @@ def split_reference(reference: str) -> tuple[str, str | int | None]:
     if not at:
         return task, None
     return task, int(selector) if _NUMBER.fullmatch(selector) else selector
+
+
+def digest_of(reference: str) -> str | None:
+    """Return the digest that "sha256:…" names a version by, or None where the reference is no such one."""
+    sha256 = reference.removeprefix("sha256:")
+    return sha256 if sha256 != reference and is_sha256(sha256) else None
 
 
 def version_from_row(row: VersionRow) -> Version:
@@ -235,6 +261,14 @@ def check_header(header: ArtefactHeader) -> None:
         raise ArtefactCorrupt(f"parent in the artefact's header is {header.parent[:80]!r}, not a sha256")
     if not isinstance(header.evaluation, Mapping):
         raise ArtefactCorrupt(f"evaluation in the artefact's header is a {type(header.evaluation).__name__}, no table")
+
+
+def check_compiled_header(header: CompiledHeader) -> None:
+    """Raise ArtefactCorrupt where a field that the registry stores is none."""
+    if not is_sha256(header.source):
+        raise ArtefactCorrupt(f"source in the compiled file's header is {header.source[:80]!r}, not a sha256")
+    if not is_text(header.base.weights_sha256):
+        raise ArtefactCorrupt(f"base.weights_sha256 in its header is {header.base.weights_sha256!r}, not a text")
 
 
 def version_to_row(header: ArtefactHeader, **columns: Any) -> VersionRow:

@@ -7,76 +7,86 @@ full disk at any point leaves at most a stray file, which `gc` collects.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sqlalchemy import URL, Engine, func, select
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy import URL, func, select
 
 from foreword.core.artefact import ArtefactHeader, read_header
+from foreword.core.compiled import read_compiled_header
 from foreword.errors import ConfigError, Conflict, NotFound, did_you_mean
+from foreword.registry.access import Access
 from foreword.registry.aliases import Gate, evaluation_refusal, move_alias, rollback_number
-from foreword.registry.blobs import Blobs, Staged, open_blobs, staged
-from foreword.registry.folders import home_folder, user_name
+from foreword.registry.audit import signed
+from foreword.registry.blobs import MARKER, Blobs, open_blobs, staged
+from foreword.registry.compiled import find_compiled, insert_compiled, same_compiled
+from foreword.registry.database import Database, open_engine
+from foreword.registry.folders import home_folder
 from foreword.registry.lookup import PROD, aliases_of, find, find_task, find_version
 from foreword.registry.migrations import ensure_schema
 from foreword.registry.records import (
+    CompiledBlob,
     Difference,
     Freed,
     Move,
     Task,
     Version,
+    check_compiled_header,
     check_header,
     check_name,
     difference,
-    finite,
+    is_sha256,
     is_text,
     move_from_row,
     split_reference,
     version_from_row,
-    version_to_row,
 )
-from foreword.registry.tables import AliasRow, MoveRow, TaskRow, VersionRow, database_error, open_engine
+from foreword.registry.tables import AliasRow, MoveRow, RegistryRow, TaskRow, VersionRow
+from foreword.registry.upkeep import collect
+from foreword.registry.versions import delete_version, insert_version
 
 
 class Registry:
     """Versions and aliases in a database, artefacts in a blob store. May be shared by threads; close it at the end."""
 
-    def __init__(self, engine: Engine, blobs: Blobs, home: Path) -> None:
+    def __init__(self, database: Database, blobs: Blobs, home: Path) -> None:
         self.home = home
         self.blobs = blobs
-        self._engine = engine
-        self._writer = engine.execution_options(writing=True)
+        self.access = Access(database)
+        self._database = database
+        self._is_owner = False
 
     @classmethod
     def open(
         cls, home: str | Path | None = None, *, database_url: str | None = None, blob_url: str | None = None
     ) -> Registry:
-        """Open the registry in `home` (see `home_folder`), creating it or migrating it to this foreword's schema.
+        """Open the registry, creating it or migrating it to this foreword's schema.
 
-        `database_url` (SQLAlchemy) and `blob_url` (a folder or an fsspec URL) move its two parts elsewhere; the home
-        then holds what is fetched. Raises ConfigError when one of them cannot be used, RegistryError when the schema
-        is newer than this foreword or the database fails.
+        `database_url` (sqlite:///file or postgresql://…) and `blob_url` (a folder or an fsspec URL) say where its parts
+        are. Without them and without a `home` the environment does: FOREWORD_DATABASE_URL, FOREWORD_BLOB_URL. What
+        nobody says is in the home (see `home_folder`), where also lies what is fetched.
+        Raises ConfigError when one of them cannot be used, RegistryError when the schema is newer than this foreword or
+        the database fails.
         """
+        if home is None:
+            database_url = database_url or os.environ.get("FOREWORD_DATABASE_URL")
+            blob_url = blob_url or os.environ.get("FOREWORD_BLOB_URL")
         folder = home_folder(home)
         engine = open_engine(database_url or URL.create("sqlite", database=str(folder / "registry.sqlite")))
         try:
             ensure_schema(engine)
-            return cls(engine, open_blobs(blob_url or folder / "blobs", folder / "cache"), folder)
+            return cls(Database(engine), open_blobs(blob_url or folder / "blobs", folder / "cache"), folder)
         except BaseException:
             engine.dispose()
             raise
 
     def close(self) -> None:
         """Close the database connections."""
-        self._engine.dispose()
+        self._database.close()
 
     def __enter__(self) -> Registry:
         return self
@@ -109,74 +119,37 @@ class Registry:
         name = check_name(header.task if task is None else task, "task")
         if alias is not None:
             check_name(alias, "alias")
-        who, why = _signed(who, why)
+        who, why = signed(who, why)
         with staged(artefact, self.blobs.staging) as copy:
             check_header(header := read_header(copy.path))  # of the copy, which nobody else can change
             if task is None and header.task != name:
                 raise Conflict(f"{artefact} was replaced while it was read", hint="Publish it again.")
+            self._claim_blobs()
             self.blobs.put(copy)
-        with self._session(writing=True) as session:
-            row, is_new = self._insert(session, name, header, copy, who, why, evaluation)
-            if alias is not None:
-                move_alias(session, name, alias, row, action="tag", who=who, why=why)
-            return replace(version_from_row(row), is_new=is_new)
-
-    def _insert(
-        self,
-        session: Session,
-        task: str,
-        header: ArtefactHeader,
-        copy: Staged,
-        who: str,
-        why: str,
-        evaluation: Mapping[str, Any] | None,
-    ) -> tuple[VersionRow, bool]:
-        now = datetime.now(UTC)
-        owner = session.get(TaskRow, task)
-        if not self.blobs.has(copy.sha256):
-            raise Conflict(
-                f"{task}: the new blob {copy.sha256[:12]} was collected before its version was written",
-                hint="Publish again, and give gc a grace period longer than a publish takes.",
-            )
-        if owner is None:
-            owner = TaskRow(name=task, last_number=0, created=now)
-            session.add(owner)
-        same = select(VersionRow).where(VersionRow.task == task, VersionRow.sha256 == copy.sha256)
-        if (existing := session.scalars(same.where(VersionRow.deleted.is_(None))).first()) is not None:
-            if evaluation is not None and existing.evaluation != finite(evaluation):
+        with self._database.writing() as session:
+            if not self.blobs.has(copy.sha256):
                 raise Conflict(
-                    f"{task}@{existing.number} is this file with another evaluation; a version does not change",
-                    hint="Publish it without an evaluation, or delete that version first.",
+                    f"{name}: the new blob {copy.sha256[:12]} was collected before its version was written",
+                    hint="Publish again, and give gc a grace period longer than a publish takes.",
                 )
-            return existing, False
-        owner.last_number += 1
-        session.flush()
-        row = version_to_row(
-            header,
-            task=task,
-            number=owner.last_number,
-            sha256=copy.sha256,
-            num_bytes=copy.num_bytes,
-            who=who,
-            why=why,
-            created=now,
-            evaluation=finite(header.evaluation if evaluation is None else evaluation),
-        )
-        session.add(row)
-        session.flush()
-        return row, True
+            now = self._database.now(session)
+            row, is_new = insert_version(session, now, name, header, copy, who=who, why=why, evaluation=evaluation)
+            if alias is not None:
+                move_alias(session, now, name, alias, row, action="tag", who=who, why=why)
+            return replace(version_from_row(row), is_new=is_new)
 
     def resolve(self, reference: str) -> Version:
         """Return the version that "triage" (prod, else the newest), "triage@canary" or "triage@7" names now.
 
+        "sha256:" and the digest of an artefact name the version that has it, the newest where several tasks have.
         Raises NotFound, with near names, when it names none.
         """
-        with self._session() as session:
+        with self._database.reading(statements=1) as session:
             return version_from_row(find(session, reference))
 
     def tasks(self) -> list[Task]:
         """Return all tasks by name, with counts and aliases."""
-        with self._session() as session:
+        with self._database.reading() as session:
             live = select(VersionRow.task, func.count(), func.max(VersionRow.number)).where(
                 VersionRow.deleted.is_(None)
             )
@@ -197,14 +170,14 @@ class Registry:
 
     def versions(self, task: str) -> list[Version]:
         """Return a task's versions, oldest first, without deleted ones. Raises NotFound when there is no such task."""
-        with self._session() as session:
+        with self._database.reading() as session:
             find_task(session, task)
             live = select(VersionRow).where(VersionRow.task == task, VersionRow.deleted.is_(None))
             return [version_from_row(row) for row in session.scalars(live.order_by(VersionRow.number))]
 
     def aliases(self, task: str) -> dict[str, int]:
         """Return a task's aliases and the numbers they point at. Raises NotFound when there is no such task."""
-        with self._session() as session:
+        with self._database.reading() as session:
             find_task(session, task)
             return aliases_of(session, task)
 
@@ -213,7 +186,7 @@ class Registry:
 
         Raises NotFound when there is no such task, or the alias never was.
         """
-        with self._session() as session:
+        with self._database.reading() as session:
             find_task(session, task)
             moves = list(session.scalars(select(MoveRow).where(MoveRow.task == task).order_by(MoveRow.id)))
             if alias is not None and alias not in (known := {row.alias for row in moves}):
@@ -230,21 +203,21 @@ class Registry:
         Raises NotFound, ConfigError on a bad alias name, Conflict when `expect` does not hold.
         """
         check_name(alias, "alias")
-        who, why = _signed(who, why)
-        with self._session(writing=True) as session:
+        who, why = signed(who, why)
+        with self._database.writing() as session:
             row = find(session, reference)
-            move, is_new = move_alias(session, row.task, alias, row, action="tag", who=who, why=why, expect=expect)
-            return replace(move_from_row(move), is_new=is_new)
+            now = self._database.now(session)
+            return move_alias(session, now, row.task, alias, row, action="tag", who=who, why=why, expect=expect)
 
     def untag(self, task: str, alias: str, *, who: str | None = None, why: str = "", expect: int | None = None) -> Move:
         """Remove an alias; its history stays, and `rollback` brings it back. Raises NotFound, Conflict as `tag`."""
-        who, why = _signed(who, why)
-        with self._session(writing=True) as session:
+        who, why = signed(who, why)
+        with self._database.writing() as session:
             find_task(session, task)
             if alias not in (known := aliases_of(session, task)):
                 raise NotFound(f"{task} has no alias {alias!r}", hint=did_you_mean(alias, known))
-            move, _ = move_alias(session, task, alias, None, action="untag", who=who, why=why, expect=expect)
-            return replace(move_from_row(move), is_new=True)
+            now = self._database.now(session)
+            return move_alias(session, now, task, alias, None, action="untag", who=who, why=why, expect=expect)
 
     def promote(
         self,
@@ -265,7 +238,7 @@ class Registry:
         moved while they judged.
         """
         check_name(alias, "alias")
-        with self._session() as session:
+        with self._database.reading() as session:
             candidate = version_from_row(find(session, reference))
             row = session.get(AliasRow, (candidate.task, alias))
             current = version_from_row(find_version(session, candidate.task, row.number)) if row else None
@@ -279,10 +252,11 @@ class Registry:
                 f"{candidate.reference} is not promoted to {alias}: {refusal}",
                 hint="Train a better version, or force the promotion; the move then says that it was forced.",
             )
-        who, why = _signed(who, why)
-        with self._session(writing=True) as session:
-            move, is_new = move_alias(
+        who, why = signed(who, why)
+        with self._database.writing() as session:
+            return move_alias(
                 session,
+                self._database.now(session),
                 candidate.task,
                 alias,
                 find_version(session, candidate.task, candidate.number),
@@ -293,7 +267,6 @@ class Registry:
                 forced=force,
                 overruled=refusal or "",
             )
-            return replace(move_from_row(move), is_new=is_new)
 
     def rollback(
         self, task: str, alias: str = PROD, *, who: str | None = None, why: str = "", expect: int | None = None
@@ -303,8 +276,8 @@ class Registry:
         Versions deleted since are skipped. `expect` as in `tag`: with it, two people who roll back at once go one step.
         Raises NotFound when task or alias are not known, Conflict when nothing is left to go back to.
         """
-        who, why = _signed(who, why)
-        with self._session(writing=True) as session:
+        who, why = signed(who, why)
+        with self._database.writing() as session:
             find_task(session, task)
             known = set(session.scalars(select(MoveRow.alias).where(MoveRow.task == task).distinct()))
             if alias not in known:
@@ -316,45 +289,80 @@ class Registry:
                     hint=f"Point it at one with `tag`: `foreword list {task}` shows them.",
                 )
             target = find_version(session, task, number)
-            move, is_new = move_alias(session, task, alias, target, action="rollback", who=who, why=why, expect=expect)
-            return replace(move_from_row(move), is_new=is_new)
+            now = self._database.now(session)
+            return move_alias(session, now, task, alias, target, action="rollback", who=who, why=why, expect=expect)
 
     def delete(self, reference: str, *, who: str | None = None, why: str = "") -> Version:
         """Delete a version, named by its number; return it. Its number is not used again, gc frees its blob.
 
-        Raises NotFound, ConfigError when the reference has no number, Conflict while an alias points at it.
+        Raises NotFound, ConfigError when the reference has no number, Conflict while an alias or a route points at it.
         """
         task, selector = split_reference(reference)
         if not isinstance(selector, int):
             raise ConfigError(f"{reference!r} has no version number", hint=f"Say which: {task}@1, for example.")
-        who, why = _signed(who, why)
-        with self._session(writing=True) as session:
+        who, why = signed(who, why)
+        with self._database.writing() as session:
             row = find(session, reference)
-            if pointing := [alias for alias, number in aliases_of(session, task).items() if number == selector]:
-                raise Conflict(
-                    f"{reference} is in use by the alias {' and '.join(pointing)}",
-                    hint="Move or remove the alias first.",
-                )
-            row.deleted, row.deleted_by, row.deleted_why = datetime.now(UTC), who, why
+            delete_version(session, self._database.now(session), row, who=who, why=why)
             return version_from_row(row)
 
-    def gc(self, grace_s: float = 3600, *, dry_run: bool = False) -> Freed:
+    def gc(self, grace_s: float = 3600, *, dry_run: bool = False, who: str | None = None) -> Freed:
         """Remove blobs of no version, and staged copies that a killed publisher left; return what was freed.
 
-        Nothing younger than `grace_s` seconds is touched, so that a publish in flight is safe. A blob store must
-        belong to one registry.
+        A compiled file stays as long as a version has its source. Nothing younger than `grace_s` seconds is touched, so
+        that a publish in flight is safe. Raises Conflict when the blob store belongs to another registry.
         """
         if not grace_s >= 0:
             raise ConfigError(f"a grace period of {grace_s} s", hint="Give 0 or more seconds.")
-        now = time.time()
-        old = [blob for blob in self.blobs.stored() if now - blob.modified >= grace_s]  # a bucket's list takes its time
-        freed = []
-        with self._session(writing=True) as session:
-            live = set(session.scalars(select(VersionRow.sha256).where(VersionRow.deleted.is_(None))))
-            for blob in old:
-                if blob.sha256 not in live and (dry_run or self.blobs.remove(blob)):
-                    freed.append(blob.num_bytes)
-        return Freed(num_blobs=len(freed), num_bytes=sum(freed))
+        who, _ = signed(who)
+        self._is_owner = False  # asked anew: what gc removes is gone
+        self._claim_blobs()
+        return collect(self._database, self.blobs, grace_s, None if dry_run else who)
+
+    def compiled(self, source: str, dtype: str) -> CompiledBlob | None:
+        """Return the file compiled from an artefact, by its sha256, on its own base in a dtype; None if there is none.
+
+        Also None where no live version has the source.
+        """
+        if not (is_sha256(source) and is_text(dtype)):
+            return None
+        with self._database.reading(statements=1) as session:
+            return find_compiled(session, source, dtype)
+
+    def add_compiled(self, path: str | Path) -> CompiledBlob:
+        """Store a compiled file; one stored before for the same source, base and dtype is returned instead.
+
+        Raises NotFound when no live version has the source, ArtefactError or ArtefactCorrupt when the file is none.
+        """
+        with staged(Path(path), self.blobs.staging) as copy:
+            header = read_compiled_header(copy.path)
+            check_compiled_header(header)
+            with self._database.reading() as session:
+                stored = same_compiled(session, header)
+            if stored is not None and self.blobs.has(stored.sha256):
+                return stored
+            self._claim_blobs()
+            self.blobs.put(copy)
+        with self._database.writing() as session:
+            stored = same_compiled(session, header)
+            if stored is not None and self.blobs.has(stored.sha256):
+                return stored
+            if not self.blobs.has(copy.sha256):
+                raise Conflict(f"the compiled file {copy.sha256[:12]} was collected", hint="Compile it again.")
+            return insert_compiled(session, self._database.now(session), header, copy)
+
+    def _claim_blobs(self) -> None:
+        """Mark the blob store as this registry's, or raise Conflict: another one's gc would remove our blobs."""
+        if self._is_owner:
+            return
+        with self._database.reading(statements=1) as session:
+            mine = session.execute(select(RegistryRow.id)).scalar_one()
+        if (owner := self.blobs.claim(mine)) != mine:
+            raise Conflict(
+                f"the blobs at {self.blobs.url} belong to the registry {owner}, this one is {mine}",
+                hint=f"Give each registry a place of its own. If the other one is no more, remove {MARKER} there.",
+            )
+        self._is_owner = True
 
     def diff(self, a: str, b: str) -> Difference:
         """Return the fields in which the version `b` differs from `a`. Raises NotFound, and as `path` does."""
@@ -371,22 +379,6 @@ class Registry:
         Raises ArtefactCorrupt when the blob was changed, with both digests, and RegistryError when it is gone.
         """
         return self.blobs.fetch(version.sha256)
-
-    @contextmanager
-    def _session(self, *, writing: bool = False) -> Iterator[Session]:
-        try:
-            engine = self._writer if writing else self._engine
-            with Session(engine, expire_on_commit=False) as session, session.begin():
-                yield session
-        except DBAPIError as error:
-            raise database_error("the registry's database failed", error) from error
-
-
-def _signed(who: str | None, why: str) -> tuple[str, str]:
-    for name, value in (("who", who or ""), ("why", why)):
-        if not is_text(value):
-            raise ConfigError(f"{name} is {value!r}, which is no text", hint="Leave out NUL and broken characters.")
-    return who or user_name(), why
 
 
 __all__ = ["PROD", "Difference", "Freed", "Gate", "Move", "Registry", "Task", "Version", "home_folder"]

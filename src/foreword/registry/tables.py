@@ -1,14 +1,11 @@
-"""The registry's tables, and how its database is opened.
+"""The registry's tables.
 
-Tables have natural keys (a task is its name, a version its task and number), so that a row read in a database shell
-says what it is. Writers are one at a time on every database: `BEGIN IMMEDIATE` on SQLite, one advisory transaction
-lock on PostgreSQL; so what a writing transaction has read stays true until it commits.
+They have natural keys (a task is its name, a version its task and number), so that a row read in a database shell says
+what it is.
 """
 
 from __future__ import annotations
 
-import sqlite3
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,35 +13,24 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
-    Connection,
     DateTime,
     Dialect,
-    Engine,
+    Float,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
+    Integer,
     MetaData,
     String,
     Text,
     TypeDecorator,
-    create_engine,
-    event,
     text,
 )
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from foreword.errors import ConfigError, RegistryError
-
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The migration that these models agree with; the newest in migrations/versions."""
-BUSY_TIMEOUT_S = 30.0
-"""How long a transaction waits for another process's: far above what one takes, below a client's patience."""
-MAX_THREADS = 64
-"""Threads that may use one registry at once without waiting for a connection; a server's pool has fewer."""
-WRITER_LOCK = 0x666F7265776F7264
-"""Key of PostgreSQL's advisory lock: "foreword" in ASCII."""
+_BIG_ID = BigInteger().with_variant(Integer(), "sqlite")  # SQLite counts up only what it calls INTEGER
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -172,80 +158,149 @@ class MoveRow(Base):
     )
 
 
-def database_error(what: str, error: DBAPIError) -> RegistryError:
-    """Return a database's error as one for the user."""
-    reason = str(error.orig)
-    if "locked" in reason or "busy" in reason:
-        hint = f"Another process has held the registry for more than {BUSY_TIMEOUT_S:.0f} s; try again when it is done."
-    elif "full" in reason or "disk I/O" in reason:
-        hint = "Free space on the registry's disk; nothing was half written."
-    elif "unable to open" in reason or "readonly" in reason:
-        hint = "The registry's folder and its files must be writable."
-    elif "not a database" in reason or "malformed" in reason:
-        hint = "The file is damaged or something else; restore it from a backup or choose another FOREWORD_HOME."
-    else:
-        hint = "Nothing was written."
-    return RegistryError(f"{what}: {reason}", hint=hint)
+class RegistryRow(Base):
+    """The registry itself: one row."""
+
+    __tablename__ = "registry"
+
+    one: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    id: Mapped[str] = mapped_column(String(36))
+    """A random UUID, given once; the blob store carries it too."""
+    revision: Mapped[int] = mapped_column(BigInteger)
+    """Goes up in each transaction that changes what a gateway must know."""
+
+    __table_args__ = (CheckConstraint("one = 1", name="one_row"),)
 
 
-def open_engine(url: str | URL) -> Engine:
-    """Return an engine for a SQLite file or a PostgreSQL database; nothing is read or created yet.
+class CompiledRow(Base):
+    """A compiled file: a version's keys and values, made for one base in one dtype."""
 
-    A connection with the execution option `writing=True` opens its transactions as the only writer.
-    Raises ConfigError when the URL is malformed, of another database, or its driver is not installed.
-    """
-    try:
-        url = make_url(url)
-        shown = url.render_as_string(hide_password=True)
-        dialect = url.get_backend_name()
-        if dialect not in ("sqlite", "postgresql") or (dialect == "sqlite" and url.database in (None, "", ":memory:")):
-            raise ConfigError(
-                f"the registry cannot live in {shown}", hint="Give sqlite:///path/to/file or postgresql+psycopg://…"
-            )
-        if dialect == "sqlite":
-            engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=MAX_THREADS)
-            event.listen(engine, "connect", _set_up_sqlite)
-        else:
-            engine = create_engine(url, pool_pre_ping=True, max_overflow=MAX_THREADS)
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise ConfigError(
-            f"not a database URL: {error}", hint="Give sqlite:///path or postgresql+psycopg://…"
-        ) from None
-    except ImportError as error:
-        raise ConfigError(f"no driver for {shown}: {error}", hint="pip install 'psycopg[binary]'") from error
-    event.listen(engine, "begin", _begin)
-    return engine
+    __tablename__ = "compiled"
+
+    source: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """sha256 of the artefact."""
+    dtype: Mapped[str] = mapped_column(String(16), primary_key=True)
+    base_weights_sha256: Mapped[str] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    num_positions: Mapped[int]
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    created: Mapped[datetime]
+
+    __table_args__ = (CheckConstraint("length(sha256) = 64", name="sha256_is_hex"),)
 
 
-def _set_up_sqlite(connection: sqlite3.Connection, record: object) -> None:
-    # The driver's own BEGIN comes too late and is never IMMEDIATE; `_begin` sends it instead.
-    connection.isolation_level = None
-    try:
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA synchronous = FULL")  # a version that publish has returned survives a power cut
-        _ensure_wal(connection)
-    except sqlite3.Error:
-        connection.close()
-        raise
+class TenantRow(Base):
+    """A tenant and its limits; None is no limit."""
+
+    __tablename__ = "tenants"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    requests_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    tokens_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    concurrent: Mapped[int | None] = mapped_column(BigInteger)
+    max_prompt_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    max_new_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    disabled: Mapped[bool]
+    created: Mapped[datetime]
 
 
-def _ensure_wal(connection: sqlite3.Connection) -> None:
-    # WAL is a property of the file. The switch needs it alone and does not always wait by itself, so retry.
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-        try:
-            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            if mode != "wal":
-                raise sqlite3.OperationalError(f"journal mode {mode} where wal is needed (a network file system?)")
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
+class KeyRow(Base):
+    """An API key. Its tenant may be gone; the key is revoked then."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    tenant: Mapped[str | None] = mapped_column(String(64), index=True)
+    """None: a platform admin's."""
+    name: Mapped[str]
+    secret_sha256: Mapped[str] = mapped_column(String(64))
+    created: Mapped[datetime]
+    expires: Mapped[datetime | None]
+    revoked: Mapped[datetime | None]
 
 
-def _begin(connection: Connection) -> None:
-    is_writing = connection.get_execution_options().get("writing", False)
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
-    elif is_writing:
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+class GrantRow(Base):
+    """What a tenant may do with a task, or with all ("*")."""
+
+    __tablename__ = "grants"
+
+    tenant: Mapped[str] = mapped_column(String(64), ForeignKey("tenants.name"), primary_key=True)
+    task: Mapped[str] = mapped_column(String(64), primary_key=True)
+    right: Mapped[str] = mapped_column(String(16), primary_key=True)
+    """call or manage."""
+
+
+class RouteRow(Base):
+    """Where a part of a task's traffic goes besides."""
+
+    __tablename__ = "routes"
+
+    task: Mapped[str] = mapped_column(String(64), ForeignKey("tasks.name"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16), primary_key=True)
+    """canary or shadow."""
+    number: Mapped[int]
+    fraction: Mapped[float] = mapped_column(Float(53))
+    salt: Mapped[str]
+    keep_inputs: Mapped[bool]
+
+    __table_args__ = (ForeignKeyConstraint(["task", "number"], ["versions.task", "versions.number"]),)
+
+
+class DrainingRow(Base):
+    """A replica that gets no new requests."""
+
+    __tablename__ = "draining"
+
+    url: Mapped[str] = mapped_column(primary_key=True)
+    since: Mapped[datetime]
+
+
+class AuditRow(Base):
+    """One admin action; never changed, never removed."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(_BIG_ID, primary_key=True)
+    at: Mapped[datetime]
+    who: Mapped[str]
+    action: Mapped[str] = mapped_column(String(32))
+    subject: Mapped[str]
+    details: Mapped[dict[str, Any]]
+
+    __table_args__ = (Index("ix_audit_action_id", "action", "id"), Index("ix_audit_subject_id", "subject", "id"))
+
+
+class UsageRow(Base):
+    """What a gateway let a tenant use in one minute, and how many of its requests run there."""
+
+    __tablename__ = "usage"
+
+    gateway: Mapped[str] = mapped_column(String(200), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    minute: Mapped[int] = mapped_column(BigInteger)
+    """Minutes since the epoch, by the database's clock."""
+    requests: Mapped[int] = mapped_column(BigInteger)
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    running: Mapped[int] = mapped_column(BigInteger)
+    seen: Mapped[datetime]
+
+
+class ShadowPairRow(Base):
+    """An answer that was given, and the candidate's to the same request."""
+
+    __tablename__ = "shadow_pairs"
+
+    id: Mapped[int] = mapped_column(_BIG_ID, primary_key=True)
+    at: Mapped[datetime]
+    task: Mapped[str] = mapped_column(String(64))
+    number: Mapped[int]
+    candidate: Mapped[int]
+    request_id: Mapped[str]
+    input: Mapped[str | None]
+    answer: Mapped[str]
+    candidate_answer: Mapped[str]
+    agrees: Mapped[bool]
+    seconds: Mapped[float] = mapped_column(Float(53))
+    candidate_seconds: Mapped[float] = mapped_column(Float(53))
+
+    __table_args__ = (Index("ix_shadow_pairs_task_id", "task", "id"),)

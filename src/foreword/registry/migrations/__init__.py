@@ -18,7 +18,8 @@ from sqlalchemy import Connection, Engine, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 from foreword.errors import RegistryError
-from foreword.registry.tables import SCHEMA, database_error
+from foreword.registry.database import database_error, shown_url, unhurried
+from foreword.registry.tables import SCHEMA
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -34,7 +35,7 @@ def ensure_schema(engine: Engine, *, head: str = SCHEMA, folder: Path = FOLDER) 
     migrates and the other finds it done; a crash leaves the schema as it was.
     Raises RegistryError when the schema is newer than this foreword, or the database cannot be used.
     """
-    shown = engine.url.render_as_string(hide_password=True)
+    shown = shown_url(engine.url)
     try:
         with engine.connect() as connection:
             if _is_current(connection, head, shown):
@@ -54,9 +55,9 @@ def migrating(engine: Engine) -> Iterator[Connection]:
 
     Raises RegistryError, and undoes it, when a foreign key is broken at the end.
     """
-    with engine.connect().execution_options(writing=True) as connection:
+    with engine.connect().execution_options(writing="alone") as connection:
         if engine.dialect.name != "sqlite":
-            with connection.begin():
+            with unhurried(connection):
                 yield connection
             return
         # SQLite changes a table by copying it, and dropping the old one counts as deleting its rows; so foreign keys
