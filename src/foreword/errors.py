@@ -12,7 +12,11 @@ ForewordError                     .hint (what to do), .status (HTTP), .exit_code
 │   └── Conflict         409 / 6  version exists, alias moved meanwhile, version in use
 └── ServeError           500 / 7
     ├── BadRequest       400 / 7  both numbers
+    ├── Unauthorized     401 / 7  one text for every fault of a key
+    ├── Forbidden        403 / 7  what the key may not do
+    ├── RateLimited      429 / 7  both numbers, the limit's name, .retry_after_s
     ├── Overloaded       503 / 7  .retry_after_s
+    ├── Unavailable      503 / 7  what an answer rests on cannot be asked now; .retry_after_s
     └── BackendFailed    502 / 7
 """
 
@@ -101,12 +105,52 @@ class BadRequest(ServeError):
     status = 400
 
 
+class Unauthorized(ServeError):
+    """No key, or none that is good; which of the two, and why, is not told."""
+
+    status = 401
+
+    def __init__(self, reason: str) -> None:
+        hint = "Send `Authorization: Bearer <key>` with a key that is neither expired nor revoked."
+        super().__init__("a valid API key is needed", hint=hint)
+        self.reason = reason
+        """For the operator's counters, never for the client: missing, unknown, wrong, expired, revoked, disabled."""
+
+
+class Forbidden(ServeError):
+    """The key is good, but not for this."""
+
+    status = 403
+
+
+class RateLimited(ServeError):
+    """A tenant's limit is reached; try again after `retry_after_s` seconds."""
+
+    status = 429
+
+    def __init__(self, message: str, *, limit: str, hint: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, hint=hint)
+        self.limit = limit
+        """Its name in `Limits`."""
+        self.retry_after_s = retry_after_s
+
+
 class Overloaded(ServeError):
     """The queue is full; try again after `retry_after_s` seconds."""
 
     status = 503
 
     def __init__(self, message: str, *, hint: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(ServeError):
+    """What an answer rests on (keys, names) cannot be asked now; try again after `retry_after_s` seconds."""
+
+    status = 503
+
+    def __init__(self, message: str, *, hint: str = "Try again.", retry_after_s: float = 1.0) -> None:
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
 

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from foreword.core.spec import Fingerprint
 from foreword.engine.request import Chunk, FinishReason, Request, TokenLogprob
-from foreword.errors import ForewordError, NotFound, Overloaded, did_you_mean
+from foreword.errors import BackendFailed, ForewordError, NotFound, Overloaded, did_you_mean
 from foreword.registry.records import Task, Version, split_reference
 from foreword.serve.backend import ANYONE, BackendStats, Caller, Timings
 from foreword.serve.run import Server, bind, run
@@ -114,9 +114,16 @@ class FakeBackend:
     loaded: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
+    answers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Words by prefix, for those that answer something of their own."""
+    callers: list[Caller] = field(default_factory=list)
+    num_queued: int = 0
     num_running: int = 0
     num_aborted: int = 0
     is_dead: bool = False
+
+    async def start(self) -> None:
+        self.log.append("start")
 
     async def load(self, sha256: str, path: Path) -> int:
         self.log.append(f"load {sha256}")
@@ -138,6 +145,7 @@ class FakeBackend:
         for request in requests:
             assert request.prefix is None or request.prefix in self.loaded
         self.requests += requests
+        self.callers.append(caller)
         return FakeStream(self, requests)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -146,7 +154,17 @@ class FakeBackend:
     def stats(self) -> BackendStats:
         if self.is_dead:
             raise ForewordError("the engine is dead")
-        return BackendStats(num_running=self.num_running, num_waiting=1, num_kv_blocks=10, num_free_kv_blocks=4)
+        return BackendStats(
+            num_running=self.num_running,
+            num_waiting=1,
+            num_queued=self.num_queued,
+            num_kv_blocks=10,
+            num_free_kv_blocks=4,
+        )
+
+    def check(self) -> None:
+        if self.is_dead:
+            raise BackendFailed("the engine is dead")
 
     async def aclose(self) -> None:
         self.log.append("close")
@@ -164,10 +182,13 @@ class FakeStream:
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         index = 0
         for request in self.requests:
-            words = (f"{request.prefix or 'base'}: ", *self.backend.words)
+            own = self.backend.answers.get(request.prefix or "")
+            words = own or (f"{request.prefix or 'base'}: ", *self.backend.words)
             for _ in range(request.n):
                 for place, word in enumerate(words):
                     await asyncio.sleep(self.backend.delay_s)
+                    if request.prefix is not None and request.prefix not in self.backend.loaded:
+                        raise ForewordError(f"{request.prefix} was unloaded under a request")
                     if place == self.backend.fail_after:
                         raise ForewordError("the engine fell over", hint="Try again.")
                     chunk = _chunk(index, 100 + place, word, request)

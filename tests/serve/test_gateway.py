@@ -149,7 +149,7 @@ def test_a_version_that_cannot_be_loaded_fails_closed_and_is_tried_again(stage: 
     assert stage.backend.requests[0].prefix == "sha-clause-1"
     stage.running.app.state.gateway.residents.retry_s = 0
     wait_for(lambda: stage.complete().status_code == 200)
-    assert stage.metric('foreword_load_failures_total{error="ArtefactCorrupt"}') == 1
+    assert stage.metric('foreword_load_failures_total{kind="artefact_corrupt"}') == 1
 
 
 def test_an_error_within_a_stream_is_its_last_event(stage: Stage) -> None:
@@ -163,7 +163,7 @@ def test_an_error_within_a_stream_is_its_last_event(stage: Stage) -> None:
     assert "[DONE]" not in raw and '"error"' in raw.splitlines()[-2]
     failed = stage.complete()
     assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
-    assert stage.metric('foreword_requests_total{code="500",task="triage",version="1"}') == 3
+    assert stage.metric('foreword_requests_total{code="500",task="triage",tenant="",version="1"}') == 3
 
 
 def test_an_unexpected_error_is_answered_and_logged_without_text(
@@ -201,7 +201,7 @@ def test_a_client_that_leaves_ends_its_request(stage: Stage, is_streamed: bool) 
             assert raw.recv(100).startswith(b"HTTP/1.1 200")
     wait_for(lambda: stage.backend.num_aborted == 1)
     assert stage.backend.num_running == 0
-    wait_for(lambda: stage.metric('foreword_requests_total{code="499",task="triage",version="1"}') == 1)
+    wait_for(lambda: stage.metric('foreword_requests_total{code="499",task="triage",tenant="",version="1"}') == 1)
 
 
 def test_a_client_that_leaves_while_its_version_loads_holds_nothing(stage: Stage) -> None:
@@ -261,18 +261,22 @@ def test_promotion_and_rollback_while_requests_run(stage: Stage) -> None:
     assert {"sha-triage-1", "sha-triage-2"} == set(digests) and digests[-1] == "sha-triage-1"
 
 
-def test_health(stage: Stage) -> None:
+def test_health_is_about_the_process_and_ready_about_the_next_request(stage: Stage) -> None:
     stage.complete()
-    assert stage.http.get("/health").json() == {
-        "status": "ok",
-        "base": "base",
-        "running": 0,
-        "waiting": 1,
-        "resident_versions": 1,
-    }
+    healthy = {"status": "ok", "running": 0, "waiting": 1, "open_requests": 0, "resident_versions": 1}
+    assert stage.http.get("/health").json() == healthy
+    assert stage.http.get("/ready").json() == {"status": "ready", "reasons": []}
     stage.backend.is_dead = True
-    assert stage.http.get("/health").status_code == 500
+    assert stage.http.get("/health").status_code == 200
+    ready = stage.http.get("/ready")
+    assert (ready.status_code, ready.json()["reasons"]) == (503, ["the engine cannot answer"])
     assert stage.metric("foreword_backend_up") == 0
+
+
+def test_a_draining_server_is_not_ready(stage: Stage) -> None:
+    stage.running.app.state.gateway.is_draining = True
+    assert stage.http.get("/ready").status_code == 503
+    assert stage.http.get("/health").status_code == 200
 
 
 def test_metrics(stage: Stage) -> None:
@@ -281,13 +285,13 @@ def test_metrics(stage: Stage) -> None:
     stage.complete(SECRET)
     text = stage.http.get("/metrics").text
     for line in (
-        'foreword_requests_total{code="200",task="triage",version="1"} 1.0',
-        'foreword_requests_total{code="404",task="unknown",version=""} 2.0',
-        'foreword_prompt_tokens_total{task="triage",version="1"} 5.0',
-        'foreword_completion_tokens_total{task="triage",version="1"} 4.0',
-        "foreword_queue_seconds_sum 0.25",
-        "foreword_first_token_seconds_count 1.0",
-        "foreword_token_seconds_count 1.0",
+        'foreword_requests_total{code="200",task="triage",tenant="",version="1"} 1.0',
+        'foreword_requests_total{code="404",task="unknown",tenant="",version=""} 2.0',
+        'foreword_prompt_tokens_total{task="triage",tenant="",version="1"} 5.0',
+        'foreword_completion_tokens_total{task="triage",tenant="",version="1"} 4.0',
+        'foreword_queue_seconds_sum{task="triage"} 0.25',
+        'foreword_first_token_seconds_count{task="triage"} 1.0',
+        'foreword_token_seconds_count{task="triage"} 1.0',
         "foreword_load_seconds_count 1.0",
         "foreword_loads_total 1.0",
         "foreword_resident_prefixes 1.0",
@@ -301,11 +305,11 @@ def test_metrics(stage: Stage) -> None:
 
 
 def test_series_are_bounded(stage: Stage) -> None:
-    stage.running.app.state.gateway.metrics._max_labels = 2
+    stage.running.app.state.gateway.metrics._series.limit = 2
     for number in range(2, 6):
         stage.registry.known[f"triage@{number}"] = version("triage", number)
         stage.complete(f"triage@{number}")
-    assert stage.metric('foreword_requests_total{code="200",task="other",version=""}') == 2
+    assert stage.metric('foreword_requests_total{code="200",task="other",tenant="",version=""}') == 2
 
 
 def test_running_answers_end_before_the_server_does() -> None:
@@ -365,3 +369,34 @@ def test_the_gateway_needs_no_torch() -> None:
         "from foreword.serve.backend import Backend"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_answer_has_the_requests_id(stage: Stage) -> None:
+    for path in ("/health", "/v1/models", "/nothing"):
+        assert stage.http.get(path, headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    given = stage.http.post("/v1/completions", content=b"{", headers={"x-request-id": "no, thanks"})
+    assert given.status_code == 400 and len(given.headers["x-request-id"]) == 32
+    stage.complete()
+    with stage.http.stream(
+        "POST",
+        "/v1/completions",
+        json={"model": "triage", "prompt": "x", "stream": True},
+        headers={"x-request-id": "mine-2"},
+    ) as answer:
+        assert answer.headers.get_list("x-request-id") == ["mine-2"]
+        answer.read()
+    assert stage.backend.callers[-1].request_id == "mine-2"
+
+
+def test_an_error_that_nobody_expected_is_an_answer_without_its_values(
+    stage: Stage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError(SECRET)
+
+    monkeypatch.setattr(stage.running.app.state.gateway, "not_ready", fail)
+    monkeypatch.setattr(stage.running.app.state.gateway.guard, "principal", lambda header: fail())
+    for found in (stage.http.get("/ready"), stage.complete()):
+        assert found.status_code == 500
+        assert found.json()["error"]["message"] == "the server failed (ZeroDivisionError). Its log says where."
+    assert "ZeroDivisionError" in caplog.text and SECRET not in caplog.text

@@ -10,7 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from foreword.errors import Conflict, ForewordError, NotFound, Overloaded
-from foreword.serve.openai_api import Body, ChatBody, CompletionBody, InvalidBody, error_headers, error_json, parse_body
+from foreword.serve.openai_api import (
+    ENGINE_FIELDS,
+    Body,
+    ChatBody,
+    CompletionBody,
+    InvalidBody,
+    error_headers,
+    error_json,
+    parse_body,
+)
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -74,7 +83,7 @@ def test_text_parts_are_joined_by_newlines() -> None:
 
 
 COMPLETION_FAULTS: list[tuple[dict[str, Any], str, str]] = [
-    ({"echo": True}, "echo", "the field 'echo' is not supported"),
+    ({"echo": True}, "echo", "the field 'echo' is refused: the prompt is not part"),
     ({"temprature": 1}, "temprature", "Did you mean temperature"),
     ({"prompt": 5}, "prompt", "a string, a list of strings, a list of token ids"),
     ({"prompt": []}, "prompt", "none empty"),
@@ -109,6 +118,21 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "are one setting"),
     ({"logprobs": 1}, "logprobs", "a valid boolean"),
 ]
+
+
+@pytest.mark.parametrize("name", ENGINE_FIELDS)
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_what_only_the_server_may_tell_an_engine_is_refused_and_why(kind: type[Body], name: str) -> None:
+    with pytest.raises(InvalidBody) as caught:
+        parse_body(kind, json.dumps({"model": "m", name: {"foreword": 1}}).encode())
+    assert caught.value.param == name
+    assert caught.value.message == f"the field {name!r} is refused: {ENGINE_FIELDS[name]}"
+
+
+def test_embeddings_in_a_message_are_refused_and_why() -> None:
+    with pytest.raises(InvalidBody, match="prompt_embeds; vectors come from the registry's versions") as caught:
+        chat(messages=[{"role": "user", "content": [{"type": "prompt_embeds", "data": "AAAA"}]}])
+    assert caught.value.param == "messages[0].content"
 
 
 @pytest.mark.parametrize(("fields", "param", "text"), COMPLETION_FAULTS)

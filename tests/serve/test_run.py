@@ -19,7 +19,7 @@ import pytest
 
 from foreword.errors import RegistryError, ServeError
 from foreword.registry.store import Registry
-from foreword.serve.run import bind, own_name, serve_base
+from foreword.serve.run import bind, check_exposure, own_name, serve_base
 from tests.serve.artefacts import BASE, write_artefact
 
 COMMAND = [sys.executable, "-c", "from foreword.cli import main; main()", "serve", "--base", str(BASE)]
@@ -120,3 +120,17 @@ def test_draining_has_an_end(tmp_path: Path) -> None:
                 list(lines)
         started.communicate(timeout=60)
         assert started.returncode == 0
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_an_address_that_others_reach_needs_keys_or_a_word(host: str) -> None:
+    with pytest.raises(ServeError, match="can be reached from other machines, and no keys are required") as caught:
+        serve_base("/no/such/base", host=host, port=0)
+    assert "--require-keys" in caught.value.hint and "--open" in caught.value.hint
+    check_exposure(host, require_keys=True, is_open=False)
+    check_exposure(host, require_keys=False, is_open=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "no.such.host.invalid"])
+def test_this_machines_own_addresses_need_none(host: str) -> None:
+    check_exposure(host, require_keys=False, is_open=False)

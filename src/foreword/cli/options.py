@@ -15,7 +15,11 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Home = Annotated[
     Path | None,
-    typer.Option("--home", help="Folder of the registry; default FOREWORD_HOME, else ~/.foreword.", show_default=False),
+    typer.Option(
+        "--home",
+        help="Folder of the registry; default FOREWORD_DATABASE_URL and FOREWORD_BLOB_URL, FOREWORD_HOME, ~/.foreword.",
+        show_default=False,
+    ),
 ]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-mismatch", help="Use the vectors on another base than they were trained for.")

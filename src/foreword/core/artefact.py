@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 METADATA_KEY = "foreword"
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_DIGITS = 40
+"""Of a whole number in a header: far above any size or seed, and no work to multiply."""
+MAX_DIMENSIONS = 8
 ITEMSIZES = {"F32": 4, "BF16": 2}
 
 
@@ -233,8 +237,8 @@ def read_layout(
     if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
         raise _corrupt(path, f"not a safetensors file (header of {length} bytes in a file of {size})")
     try:
-        table = json.loads(read(length), object_pairs_hook=_without_repeats)
-        metadata = json.loads(table.pop("__metadata__")[key], object_pairs_hook=_without_repeats)
+        table = _read_json(read(length))
+        metadata = _read_json(table.pop("__metadata__")[key])
         found = {name: _tensor_entry(info) for name, info in table.items()}
         metadata.keys()
     except ArtefactCorrupt as error:
@@ -255,15 +259,29 @@ def read_layout(
 
 
 def _corrupt(path: Path, what: str) -> ArtefactCorrupt:
-    return ArtefactCorrupt(f"{path}: {what}", hint="Get the file again; its sha256 tells whether it is whole.")
+    shown = what.encode(errors="backslashreplace").decode()[:400]  # it quotes the file, which may hold anything
+    return ArtefactCorrupt(f"{path}: {shown}", hint="Get the file again; its sha256 tells whether it is whole.")
+
+
+def _read_json(text: str | bytes) -> Any:
+    """Parse JSON of a header. Raises ValueError or ArtefactCorrupt where it is none, or holds half a character."""
+    data = json.loads(text, object_pairs_hook=_without_repeats, parse_int=_whole_number)
+    json.dumps(data, ensure_ascii=False).encode()  # refuses halves of surrogate pairs
+    return data
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ArtefactCorrupt(f"a number of {len(digits)} digits stands in the header")
+    return int(digits)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object; of two equal keys two readers may take different ones, so they are refused."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ArtefactCorrupt(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in the header")
+        counts = Counter(name for name, _ in pairs)
+        raise ArtefactCorrupt(f"{counts.most_common(1)[0][0]!r} stands twice in the header")
     return found
 
 
@@ -272,9 +290,21 @@ def _tensor_entry(info: Mapping[str, Any]) -> tuple[tuple[int, ...], str, int, i
     shape, dtype, (start, stop) = info["shape"], info["dtype"], info["data_offsets"]
     if not isinstance(dtype, str) or not isinstance(shape, list):
         raise ValueError(f"dtype {dtype!r}, shape {shape!r}")
-    if not all(_is_count(number) for number in (*shape, start, stop)):
+    if len(shape) > MAX_DIMENSIONS or not all(_is_count(number) for number in (*shape, start, stop)):
         raise ValueError(f"shape {shape!r}, data_offsets {[start, stop]!r}")
     return tuple(shape), dtype, start, stop
+
+
+def read_whole(path: Path) -> bytes:
+    """Return a file's bytes. Raises ArtefactError when it cannot be read or is larger than the memory."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror}", hint="Check the path.") from error
+    except MemoryError:
+        raise ArtefactError(
+            f"{path} has {path.stat().st_size} bytes, more than there is memory for", hint="Check what wrote it."
+        ) from None
 
 
 def file_sha256(path: str | Path) -> str:
@@ -292,10 +322,8 @@ def load_artefact(path: str | Path) -> Artefact:
     from safetensors.torch import load
 
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ArtefactError(f"cannot read {path}: {error.strerror}", hint="Check the path.") from error
+    read_header(path)  # refuses a file whose size is not its header's before all of it is in memory
+    data = read_whole(path)
     header = _parse_header(path, len(data), data[:8], lambda length: data[8 : 8 + length])
     try:
         tensors = load(data)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreword.core.artefact import ITEMSIZES, MAX_HEADER_BYTES, read_layout, write_atomically
+from foreword.core.artefact import ITEMSIZES, MAX_HEADER_BYTES, read_layout, read_whole, write_atomically
 from foreword.core.spec import Fingerprint, ModelSpec
 from foreword.errors import ArtefactCorrupt, ArtefactError, IncompatibleModel
 
@@ -98,13 +98,13 @@ def _parse(path: Path, size: int, prefix: bytes, read: Any) -> CompiledHeader:
     try:
         header = CompiledHeader.from_json(metadata)
     except ArtefactCorrupt as error:
-        raise ArtefactCorrupt(f"{path}: {error.message}", hint=error.hint) from error
+        raise ArtefactCorrupt(f"{path}: {error.message:.400}", hint=error.hint) from error
     expected = header.tensor_shapes()
     found = {name: shape for name, (shape, _) in layout.items()}
     if found != expected:
         odd = next(name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name))
         raise ArtefactCorrupt(
-            f"{path}: tensor {odd!r} has shape {found.get(odd)}, the header says {expected.get(odd)}",
+            f"{path}: tensor {odd!r:.200} has shape {found.get(odd)}, the header says {expected.get(odd)}",
             hint="Compile the version again.",
         )
     if dtypes := {dtype for _, dtype in layout.values()} - {code for code in DTYPES if DTYPES[code] == header.dtype}:
@@ -124,10 +124,8 @@ def load_compiled(
     from safetensors.torch import load
 
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ArtefactError(f"cannot read {path}: {error.strerror}", hint="Check the path.") from error
+    read_compiled_header(path)  # refuses a file whose size is not its header's before all of it is in memory
+    data = read_whole(path)
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise ArtefactCorrupt(
             f"{path} has sha256 {found}, {sha256} was asked for", hint="Compile the version again, or restore the blob."

@@ -149,6 +149,11 @@ class KVPrefix:
         return self.keys[0].shape[1]
 
     @property
+    def num_after(self) -> int:
+        """S."""
+        return 0 if self.after is None else self.after.shape[0]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of keys and values."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))

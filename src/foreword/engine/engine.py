@@ -207,6 +207,12 @@ class Engine:
         """Return counts for metrics: what runs and waits, the pool, totals since the engine was made."""
         return self._loop.stats(len(self._entries))
 
+    def check(self) -> None:
+        """Raise BackendFailed where no request can be answered: the engine is closed, or its thread has died."""
+        self._check_open()
+        if self._thread is not None and not self._thread.is_alive():
+            raise BackendFailed("the engine's thread has died", hint="Start the server again; its log says why.")
+
     def _run(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)  # a new thread would start from the machine's default
         self._loop.run()

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from foreword.core.template import Rendered, encode_plain, encode_target, render_chat
+from foreword.core.template import Rendered, TaskTemplate, encode_plain, encode_target, render_chat
 from foreword.engine.request import Request
 from foreword.engine.sequence import Slots
 from foreword.engine.trie import TrieNode, build_trie, longest_answer
 from foreword.errors import BadRequest, ForewordError
 
-if TYPE_CHECKING:
-    from foreword.core.model import FrozenModel
-    from foreword.core.prompt import KVPrefix
-
 DEFAULT_MAX_TOKENS = 16
+MAX_TOKENS = 2**31
 MAX_LOGPROBS = 1000
 
 RANGES: dict[str, tuple[type, float, float]] = {
@@ -38,6 +36,34 @@ ABOVE_ZERO = ("top_p", "repetition_penalty")
 OPTIONAL = ("max_tokens", "seed", "logprobs")
 
 
+class RendersFor(Protocol):
+    """What rendering must know of a base: `FrozenModel` has it, and so has a base that runs elsewhere."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+
+
+class RendersBehind(Protocol):
+    """What rendering must know of a prefix: `KVPrefix` has it, and so has one that is compiled elsewhere."""
+
+    @property
+    def template(self) -> TaskTemplate | None:
+        """The task's template; None for vectors made elsewhere."""
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The task's limit of new tokens."""
+
+    @property
+    def num_after(self) -> int:
+        """Soft slots behind the text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A request that can be served: what the engine makes its rows from."""
@@ -48,11 +74,13 @@ class Prepared:
     trie: TrieNode | None
 
 
-def prepare(request: Request, base: FrozenModel, prefix: KVPrefix | None) -> Prepared:
+def prepare(request: Request, base: RendersFor, prefix: RendersBehind | None) -> Prepared:
     """Render a request whose fields are checked. Raises BadRequest where it cannot be rendered or answered."""
     if base.tokenizer is None and (request.prompt_ids is None or request.stop or request.choices is not None):
         field = "stop" if request.stop else "choices" if request.choices is not None else "prompt or messages"
         raise BadRequest(f"{field} needs a tokenizer, and the base was loaded without one", hint="Give prompt_ids.")
+    if not request.allow_special:
+        check_special(request, base.tokenizer)
     try:
         rendered = _render(request, base.tokenizer, prefix)
         choices = request.choices
@@ -64,7 +92,8 @@ def prepare(request: Request, base: FrozenModel, prefix: KVPrefix | None) -> Pre
     if not rendered.ids:
         raise BadRequest("the prompt is empty: no token follows the prefix's block", hint="Send some text.")
     default = prefix.max_new_tokens if prefix is not None else None
-    max_tokens = request.max_tokens or default or DEFAULT_MAX_TOKENS
+    default = min(default or DEFAULT_MAX_TOKENS, request.default_limit or MAX_TOKENS)
+    max_tokens = request.max_tokens or default
     if trie is not None:
         longest = longest_answer(trie) - 1
         if request.max_tokens is not None and request.max_tokens < longest:
@@ -72,8 +101,53 @@ def prepare(request: Request, base: FrozenModel, prefix: KVPrefix | None) -> Pre
                 f"max_tokens is {request.max_tokens}, the longest of choices takes {longest} tokens",
                 hint="Leave max_tokens out.",
             )
+        if request.default_limit is not None and request.default_limit < longest:
+            raise BadRequest(
+                f"the longest of choices takes {longest} tokens, {request.default_limit} are allowed",
+                hint="Give shorter choices.",
+            )
         max_tokens = max(longest, 1)
     return Prepared(rendered.ids, rendered.slots, max_tokens, trie)
+
+
+def check_special(request: Request, tokenizer: Any) -> None:
+    """Raise BadRequest where a text holds a special token of the tokenizer, written out.
+
+    Such text would end a turn or begin another one: whoever writes a part of a prompt would write all of it.
+    """
+    texts = [("prompt", request.prompt or "")]
+    texts += [(f"messages[{place}]", str(turn["content"])) for place, turn in enumerate(request.messages or ())]
+    texts += [(f"choices[{place}]", text) for place, text in enumerate(request.choices or ())]
+    for field, text in texts:
+        if (found := find_special(tokenizer, text)) is not None:
+            raise BadRequest(
+                f"{field} holds the special token {found!r}",
+                hint="Take it out, or serve with --allow-special-tokens where all clients are trusted.",
+            )
+
+
+def find_special(tokenizer: Any, text: str) -> str | None:
+    """Return the first special token that tokenising `text` would make of its characters, or None."""
+    pattern, normalizer = _specials(tokenizer) if tokenizer is not None else (None, None)
+    if pattern is None:
+        return None
+    if (match := pattern.search(text)) is None and normalizer is not None:
+        match = pattern.search(normalizer.normalize_str(text))
+    return match.group() if match else None
+
+
+@lru_cache(maxsize=16)
+def _specials(tokenizer: Any) -> tuple[re.Pattern[str] | None, Any]:
+    """Return what finds special tokens in a text, and the normalizer where they are looked for behind it too."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    names = {name for name in names if name}
+    if not names:
+        return None, None
+    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))))
+    is_normalized = any(token.normalized for token in added if token.special)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return pattern, backend.normalizer if is_normalized and backend is not None else None
 
 
 def check_fields(request: Request, vocab_size: int) -> None:
@@ -148,11 +222,11 @@ def _check_ids(name: str, ids: Any, vocab_size: int) -> None:
             raise BadRequest(f"{name}[{index}] is {token}, the base's vocabulary has {vocab_size} tokens")
 
 
-def _render(request: Request, tokenizer: Any, prefix: KVPrefix | None) -> Rendered:
+def _render(request: Request, tokenizer: Any, prefix: RendersBehind | None) -> Rendered:
     template = prefix.template if prefix is not None else None
-    if prefix is not None and prefix.after is not None and (request.prompt_ids is not None or template is None):
+    if prefix is not None and prefix.num_after and (request.prompt_ids is not None or template is None):
         raise BadRequest(
-            f"prefix {request.prefix!r} has {prefix.after.shape[0]} soft slots behind the text, "
+            f"prefix {request.prefix!r} has {prefix.num_after} soft slots behind the text, "
             "only its task template can place them",
             hint="Send prompt or messages instead of prompt_ids.",
         )

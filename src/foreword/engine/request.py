@@ -22,10 +22,14 @@ class Request:
     """A conversation, rendered by the prefix's template or by the base's chat template."""
     prompt_ids: Sequence[int] | None = None
     """Token ids that follow the prefix's block as they are; nothing is added."""
+    allow_special: bool = True
+    """Whether texts may hold special tokens; a server's clients may not, since these end turns and begin others."""
     prefix: str | None = None
     """Name under which the prefix was added to the engine; None is the plain base."""
     max_tokens: int | None = None
     """New tokens at most; None is the prefix's own limit, else 16."""
+    default_limit: int | None = None
+    """Where `max_tokens` is None: what takes its place is at most this."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0

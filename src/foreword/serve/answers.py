@@ -40,12 +40,14 @@ class Gathered:
     """One choice as far as it has come; filled from chunks."""
 
     texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
 
     def add(self, chunk: Chunk) -> None:
         """Append a chunk."""
         self.texts.append(chunk.text)
+        self.token_ids.extend(chunk.token_ids)
         self.logprobs.extend(chunk.logprobs)
         self.finish_reason = chunk.finish_reason or self.finish_reason
 
@@ -54,7 +56,15 @@ class Answer:
     """Shapes one HTTP request's answer; all its parts share the id, the time and the model's name as it was asked."""
 
     def __init__(
-        self, model: str, *, is_chat: bool, has_logprobs: bool, has_usage_event: bool, token_bytes: TokenBytes
+        self,
+        model: str,
+        *,
+        is_chat: bool,
+        has_logprobs: bool,
+        has_usage_event: bool,
+        token_bytes: TokenBytes,
+        names_ids: bool = False,
+        has_token_ids: bool = False,
     ) -> None:
         self.id = ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(16)
         self.created = int(time.time())
@@ -63,6 +73,8 @@ class Answer:
         self.has_logprobs = has_logprobs
         self.has_usage_event = has_usage_event
         self.token_bytes = token_bytes
+        self.names_ids = names_ids
+        self.has_token_ids = has_token_ids
         self._offsets: dict[int, int] = {}
 
     def whole(self, choices: Sequence[Gathered], usage: Usage) -> dict[str, Any]:
@@ -71,6 +83,7 @@ class Answer:
         for index, choice in enumerate(choices):
             text, logprobs = "".join(choice.texts), self._logprobs(index, choice.logprobs)
             body = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+            body |= self._ids(choice.token_ids)
             shaped.append({"index": index, **body, "logprobs": logprobs, "finish_reason": choice.finish_reason})
         kind = "chat.completion" if self.is_chat else "text_completion"
         return {**self._head(kind), "choices": shaped, "usage": usage.to_json()}
@@ -83,14 +96,15 @@ class Answer:
     def events(self, chunk: Chunk) -> Iterable[bytes]:
         """Yield the events of a chunk: its text, if there is any to tell, then in a chat the end on its own."""
         logprobs = self._logprobs(chunk.index, chunk.logprobs) if chunk.logprobs else None
-        has_content = bool(chunk.text) or logprobs is not None
+        ids = self._ids(chunk.token_ids)
+        has_content = bool(chunk.text) or logprobs is not None or bool(ids and chunk.token_ids)
         if self.is_chat:
             if has_content:
-                yield self._event(chunk.index, {"delta": {"content": chunk.text}}, logprobs, None)
+                yield self._event(chunk.index, {"delta": {"content": chunk.text}, **ids}, logprobs, None)
             if chunk.finish_reason:
                 yield self._event(chunk.index, {"delta": {}}, None, chunk.finish_reason)
         elif has_content or chunk.finish_reason:
-            yield self._event(chunk.index, {"text": chunk.text}, logprobs, chunk.finish_reason)
+            yield self._event(chunk.index, {"text": chunk.text, **ids}, logprobs, chunk.finish_reason)
 
     def closing(self, usage: Usage) -> Iterable[bytes]:
         """Yield the events that a whole stream ends with."""
@@ -118,7 +132,7 @@ class Answer:
         names, offsets, offset = [], [], self._offsets.get(index, 0)
         for token in tokens:
             data = self.token_bytes(token.token_id)
-            names.append(token_text(data))
+            names.append(self._name(token.token_id))
             offsets.append(offset)
             offset += sum(byte & 0xC0 != 0x80 for byte in data)  # characters that begin in this token
         self._offsets[index] = offset
@@ -126,11 +140,17 @@ class Answer:
             "tokens": names,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": [
-                {token_text(self.token_bytes(top)): _finite(value) for top, value in token.top.items()}
+                {self._name(top): _finite(value) for top, value in token.top.items()}
                 for token in tokens
             ],
             "text_offset": offsets,
         }
+
+    def _ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(token_ids)} if self.has_token_ids else {}
+
+    def _name(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self.names_ids else token_text(self.token_bytes(token_id))
 
     def _chat_logprob(self, token: TokenLogprob) -> dict[str, Any]:
         best = [self._one_logprob(top, value) for top, value in token.top.items()]
@@ -138,7 +158,7 @@ class Answer:
 
     def _one_logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self.token_bytes(token_id)
-        return {"token": token_text(data), "logprob": _finite(logprob), "bytes": list(data)}
+        return {"token": self._name(token_id), "logprob": _finite(logprob), "bytes": list(data)}
 
 
 def event_bytes(data: Mapping[str, Any]) -> bytes:

@@ -23,7 +23,9 @@ class BackendStats:
     num_running: int = 0
     """Answers in generation."""
     num_waiting: int = 0
-    """Answers that wait for room."""
+    """Answers not in generation yet."""
+    num_queued: int | None = None
+    """Of these, those for which the engine has no room now."""
     num_kv_blocks: int | None = None
     """Blocks of the key/value pool, with those that prefixes take."""
     num_free_kv_blocks: int | None = None
@@ -110,6 +112,9 @@ class Backend(Protocol):
     def fingerprint(self) -> Fingerprint:
         """The base's identity."""
 
+    async def start(self) -> None:
+        """Begin, in the event loop that serves; the first of all calls."""
+
     async def load(self, sha256: str, path: Path) -> int:
         """Load an artefact so that requests can name it as `prefix=sha256`; return the bytes that it takes.
 
@@ -130,7 +135,10 @@ class Backend(Protocol):
         """Return what a token adds to the text."""
 
     def stats(self) -> BackendStats:
-        """Return the present load. Raises BackendFailed when the engine is dead."""
+        """Return the present load."""
+
+    def check(self) -> None:
+        """Raise BackendFailed where no request at all could be answered now."""
 
     async def aclose(self) -> None:
         """End everything."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foreword.core.artefact import write_atomically
+from foreword.core.artefact import ArtefactHeader, write_atomically
 from foreword.core.spec import Fingerprint, ModelSpec
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, IncompatibleModel
 
 FORMAT = 1
 SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
@@ -85,6 +85,38 @@ def base_info(base: str | Path, cache: Path) -> BaseInfo:
         ) from None
     write_atomically(stored, json.dumps(info.to_json(), sort_keys=True).encode())
     return info
+
+
+def check_fingerprint(info: BaseInfo, header: ArtefactHeader) -> None:
+    """Raise IncompatibleModel naming the first field in which the artefact's base differs from this one."""
+    if difference := header.base.first_difference(info.fingerprint):
+        field, trained, found = difference
+        raise IncompatibleModel(
+            f"{header.task!r} was trained for another base: {field} {trained} there, {found} in {info.folder}",
+            hint="Serve it on the base it was trained for, or train again.",
+        )
+
+
+def check_served(info: BaseInfo, header: ArtefactHeader, *, max_model_len: int | None, by_embeddings: bool) -> None:
+    """Raise IncompatibleModel or ConfigError where an artefact cannot be served on this base in this way."""
+    check_fingerprint(info, header)
+    if by_embeddings and header.method != "prompt":
+        raise IncompatibleModel(
+            f"{header.task!r} is a {header.method}, which no embeddings can carry",
+            hint="Use the plug-in: --mode plugin.",
+        )
+    if header.soft_after and not by_embeddings:
+        raise IncompatibleModel(
+            f"{header.task!r} has {header.soft_after} soft slots behind the text, which lie in no cache",
+            hint="Serve it by embeddings: --mode embeddings.",
+        )
+    needed = header.block.num_positions + 2
+    limit = max_model_len or info.spec.max_positions
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"{header.task!r} takes {header.block.num_positions} positions, the longest sequence has {limit}",
+            hint="Give a longer --max-model-len.",
+        )
 
 
 def _files_key(folder: Path) -> str:

@@ -38,6 +38,9 @@ class EmbeddedBackend:
         self._num_submitting = 0
         self._submits = ThreadPoolExecutor(1, "foreword-submit")  # tokenising a long prompt would hold up the gateway
 
+    async def start(self) -> None:
+        """Do nothing: the engine runs already."""
+
     async def load(self, sha256: str, path: Path) -> int:
         """Load, check and compile an artefact in a thread; return the bytes of its keys and values."""
         return await asyncio.get_running_loop().run_in_executor(self._loads, self._load, sha256, path)
@@ -94,9 +97,14 @@ class EmbeddedBackend:
         return BackendStats(
             num_running=stats.running,
             num_waiting=stats.waiting,
+            num_queued=stats.waiting,
             num_kv_blocks=stats.blocks_total,
             num_free_kv_blocks=stats.blocks_free,
         )
+
+    def check(self) -> None:
+        """Raise BackendFailed where the engine is closed or its thread has died."""
+        self.engine.check()
 
     async def aclose(self) -> None:
         """Close the engine."""

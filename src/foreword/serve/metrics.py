@@ -1,105 +1,224 @@
-"""What Prometheus sees. Imports no torch."""
+"""What Prometheus sees: counters by task, version and tenant, histograms by task. Imports no torch.
+
+A request meets one object whose series are resolved already (`Metrics.series`); series that nobody has used for an
+hour make room for new ones, and beyond the bound further ones are counted together as "other".
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from foreword.errors import ForewordError
+from foreword.registry.access_records import Route
+from foreword.serve import routes
 from foreword.serve.backend import Backend, Timings
+from foreword.serve.gauges import Gauges
 from foreword.serve.residents import Residents
 
 UNKNOWN = "unknown"
 OTHER = "other"
 MAX_LABELS = 1000
-"""Pairs of task and version that get series of their own; later ones are counted together as "other"."""
+"""Triples of task, version and tenant that get counters of their own."""
+MAX_TASKS = 100
+"""Tasks that get histograms of their own: about fifty series each."""
+IDLE_S = 3600.0
+"""After how long without a request a triple or a task makes room for another one."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+Labels = tuple[str, str, str]
+"""Task, version, tenant."""
+Outcome = Literal["agreed", "differed", "failed", "dropped_busy", "dropped_full"]
 
 
 class Metrics:
     """The metrics of one app, in a registry of its own."""
 
-    def __init__(self, backend: Backend, residents: Residents, *, max_labels: int = MAX_LABELS) -> None:
-        self.registry = registry = CollectorRegistry()
-        self._max_labels = max_labels
-        self._labels: set[tuple[str, str]] = set()
-        by_version = ("task", "version")
-        self._requests = Counter(
-            "foreword_requests", "HTTP requests that asked for an answer", (*by_version, "code"), registry=registry
+    def __init__(
+        self, backend: Backend, residents: Residents, *, max_labels: int = MAX_LABELS, max_tasks: int = MAX_TASKS
+    ) -> None:
+        self.registry = CollectorRegistry()
+        who = ("task", "version", "tenant")
+        self._requests = self._counter("requests", "HTTP requests that asked for an answer, by status", *who, "code")
+        self._errors = self._counter("errors", "Requests that ended with an error, by its kind", *who, "kind")
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts, without prefixes", *who)
+        self._completion_tokens = self._counter("completion_tokens", "Tokens of answers", *who)
+        self._cached_tokens = self._counter("cached_tokens", "Prompt and prefix tokens that needed no prefill", *who)
+        self._canary = self._counter(
+            "canary_requests", "Requests of tasks with a canary, by who answered", "task", "route"
         )
-        self._prompt_tokens = Counter(
-            "foreword_prompt_tokens", "Tokens of prompts, without prefixes", by_version, registry=registry
-        )
-        self._completion_tokens = Counter(
-            "foreword_completion_tokens", "Tokens of answers", by_version, registry=registry
-        )
-        self._queue = _histogram("foreword_queue_seconds", "From submission to the first step", registry)
-        self._first = _histogram("foreword_first_token_seconds", "From submission to the first token", registry)
-        self._token = _histogram("foreword_token_seconds", "Mean time between tokens of an answer", registry)
-        load = _histogram("foreword_load_seconds", "Loading a version", registry)
-        residents.on_load = load.observe
-        registry.register(_Gauges(backend, residents))
+        self._shadow = self._counter("shadow_requests", "Copies for a shadow candidate", "task", "version", "outcome")
+        self._shadow_tokens = self._counter("shadow_tokens", "Tokens of copies", "task", "version", "kind")
+        self._refusals = self._counter("refusals", "Requests beyond a tenant's limit", "tenant", "limit")
+        self._auth_failures = self._counter("auth_failures", "Requests whose key was not accepted", "reason")
+        self.open_streams = Gauge("foreword_open_streams", "Streamed answers on their way", registry=self.registry)
+        self._queue = self._histogram("queue_seconds", "From submission to the first step", "task")
+        self._first = self._histogram("first_token_seconds", "From submission to the first token", "task")
+        self._token = self._histogram("token_seconds", "Mean time between tokens of an answer", "task")
+        residents.on_load = self._histogram("load_seconds", "Loading a version").observe
+        self.gauges = Gauges(backend, residents)
+        self.registry.register(self.gauges)
+        self._series: _Bounded[Labels, Series] = _Bounded(max_labels, lambda labels: Series(self, labels))
+        self._times: _Bounded[str, Times] = _Bounded(max_tasks, lambda task: Times(self, task))
 
-    def count(self, labels: tuple[str, str] | None, code: int) -> None:
-        """Count a request that ended with an HTTP status; without labels its model is unknown."""
-        self._requests.labels(*self._bounded(labels), str(code)).inc()
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"foreword_{name}", text, labels, registry=self.registry)
 
-    def observe(self, labels: tuple[str, str], prompt_tokens: int, timings: Timings) -> None:
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"foreword_{name}", text, labels, buckets=SECONDS, registry=self.registry)
+
+    def series(self, labels: tuple[str, str] | None, tenant: str = "") -> Series:
+        """Return the counters of a task's version and a tenant; without labels the model is unknown."""
+        key = (UNKNOWN, "", tenant) if labels is None else (*labels, tenant)
+        return self._series.get(key) or self._series.always((OTHER, "", OTHER if tenant else ""))
+
+    def times(self, task: str) -> Times:
+        """Return the histograms of a task."""
+        return self._times.get(task) or self._times.always(OTHER)
+
+    def count(self, labels: tuple[str, str] | None, code: int, *, kind: str = "", tenant: str = "") -> None:
+        """Count a request that ended with an HTTP status, and with an error of this kind.
+
+        `labels` are its task and version; None where its model is unknown.
+        """
+        series = self.series(labels, tenant)
+        series.request(code).inc()
+        if kind:
+            series.error(kind).inc()
+
+    def observe(
+        self,
+        labels: tuple[str, str],
+        prompt_tokens: int,
+        timings: Timings,
+        *,
+        tenant: str = "",
+        cached_tokens: int = 0,
+    ) -> None:
         """Count the tokens and times of a request that was submitted."""
-        labels = self._bounded(labels)
-        self._prompt_tokens.labels(*labels).inc(prompt_tokens)
-        self._completion_tokens.labels(*labels).inc(timings.num_completion_tokens)
+        series, times = self.series(labels, tenant), self.times(labels[0])
+        series.prompt_tokens.inc(prompt_tokens)
+        series.completion_tokens.inc(timings.num_completion_tokens)
+        series.cached_tokens.inc(cached_tokens)
         if timings.queue_s is not None:
-            self._queue.observe(timings.queue_s)
+            times.queue.observe(timings.queue_s)
         for seconds in timings.first_token_s():
-            self._first.observe(seconds)
+            times.first.observe(seconds)
         for seconds in timings.per_token_s():
-            self._token.observe(seconds)
+            times.token.observe(seconds)
 
-    def _bounded(self, labels: tuple[str, str] | None) -> tuple[str, str]:
-        if labels is None:
-            return UNKNOWN, ""
-        if labels not in self._labels:
-            if len(self._labels) >= self._max_labels:
-                return OTHER, ""
-            self._labels.add(labels)
-        return labels
+    def routed(self, task: str, route: routes.Outcome) -> None:
+        """Count a request of a task with a canary: who answered, "failed" where the stable one did for the canary."""
+        self._canary.labels(task, route).inc()
+
+    def shadowed(self, route: Route, outcome: Outcome) -> None:
+        """Count a copy by what became of it."""
+        self._shadow.labels(route.task, route.number, outcome).inc()
+
+    def shadow_tokens(self, route: Route, prompt: int, completion: int) -> None:
+        """Count the tokens of a copy, apart from those of clients."""
+        self._shadow_tokens.labels(route.task, route.number, "prompt").inc(prompt)
+        self._shadow_tokens.labels(route.task, route.number, "completion").inc(completion)
+
+    def refused(self, tenant: str, limit: str) -> None:
+        """Count a request beyond a tenant's limit; `limit` is the name of the field in `Limits`."""
+        self._refusals.labels(tenant, limit).inc()
+
+    def unauthenticated(self, reason: str) -> None:
+        """Count a request whose key was not accepted."""
+        self._auth_failures.labels(reason).inc()
 
 
-def _histogram(name: str, text: str, registry: CollectorRegistry, buckets: Sequence[float] = SECONDS) -> Histogram:
-    return Histogram(name, text, buckets=buckets, registry=registry)
+class Series:
+    """The counters of one task, version and tenant."""
+
+    def __init__(self, metrics: Metrics, labels: Labels) -> None:
+        self.prompt_tokens = metrics._prompt_tokens.labels(*labels)
+        self.completion_tokens = metrics._completion_tokens.labels(*labels)
+        self.cached_tokens = metrics._cached_tokens.labels(*labels)
+        self._metrics = metrics
+        self._labels = labels
+        self._requests: dict[int, Counter] = {}
+        self._errors: dict[str, Counter] = {}
+
+    def request(self, code: int) -> Counter:
+        """Return the counter of requests that ended with a status."""
+        if code not in self._requests:
+            self._requests[code] = self._metrics._requests.labels(*self._labels, code)
+        return self._requests[code]
+
+    def error(self, kind: str) -> Counter:
+        """Return the counter of requests that ended with an error of a kind."""
+        if kind not in self._errors:
+            self._errors[kind] = self._metrics._errors.labels(*self._labels, kind)
+        return self._errors[kind]
+
+    def remove(self) -> None:
+        """Forget them."""
+        metrics = self._metrics
+        for counter in (metrics._prompt_tokens, metrics._completion_tokens, metrics._cached_tokens):
+            counter.remove(*self._labels)
+        for code in self._requests:
+            metrics._requests.remove(*self._labels, code)
+        for kind in self._errors:
+            metrics._errors.remove(*self._labels, kind)
 
 
-class _Gauges(Collector):
-    """Numbers that are read when they are asked for."""
+class Times:
+    """The histograms of one task."""
 
-    def __init__(self, backend: Backend, residents: Residents) -> None:
-        self.backend = backend
-        self.residents = residents
+    def __init__(self, metrics: Metrics, task: str) -> None:
+        self.queue = metrics._queue.labels(task)
+        self.first = metrics._first.labels(task)
+        self.token = metrics._token.labels(task)
+        self._families = (metrics._queue, metrics._first, metrics._token)
+        self._task = task
 
-    def collect(self) -> Iterator[Metric]:
-        residents = self.residents
-        yield GaugeMetricFamily("foreword_resident_prefixes", "Versions that are loaded", residents.num_resident)
-        yield GaugeMetricFamily("foreword_resident_prefix_bytes", "Their keys and values", residents.num_bytes)
-        yield CounterMetricFamily("foreword_loads", "Versions loaded", residents.counts.num_loads)
-        yield CounterMetricFamily("foreword_unloads", "Versions unloaded", residents.counts.num_unloads)
-        failures = CounterMetricFamily("foreword_load_failures", "Loads that failed, by error", labels=["error"])
-        for kind, count in residents.counts.failures.items():
-            failures.add_metric([kind], count)
-        yield failures
-        try:
-            stats = self.backend.stats()
-        except ForewordError:
-            yield GaugeMetricFamily("foreword_backend_up", "Whether the engine works", 0)
-            return
-        yield GaugeMetricFamily("foreword_backend_up", "Whether the engine works", 1)
-        yield GaugeMetricFamily("foreword_running", "Answers in generation", stats.num_running)
-        yield GaugeMetricFamily("foreword_waiting", "Answers that wait for room", stats.num_waiting)
-        if stats.num_kv_blocks is not None:
-            yield GaugeMetricFamily("foreword_kv_blocks", "Blocks of the key/value pool", stats.num_kv_blocks)
-        if stats.num_free_kv_blocks is not None:
-            yield GaugeMetricFamily("foreword_free_kv_blocks", "Those that are free", stats.num_free_kv_blocks)
+    def remove(self) -> None:
+        """Forget them."""
+        for family in self._families:
+            family.remove(self._task)
+
+
+Key = TypeVar("Key", bound=Hashable)
+Held = TypeVar("Held", bound=Series | Times)
+
+
+class _Bounded(Generic[Key, Held]):
+    """Things by key, made on first use; `limit` at most, but for those that `always` is asked for."""
+
+    def __init__(self, limit: int, make: Callable[[Key], Held]) -> None:
+        self.limit = limit
+        self._make = make
+        self._held: dict[Key, Held] = {}
+        self._used: OrderedDict[Key, float] = OrderedDict()  # the longest unused first
+        self._always: dict[Key, Held] = {}
+
+    def get(self, key: Key) -> Held | None:
+        """Return the thing of a key, or None where all the room is in use."""
+        now = time.monotonic()
+        if (held := self._held.get(key)) is None:
+            if len(self._held) >= self.limit and not self._make_room(now - IDLE_S):
+                return None
+            held = self._held[key] = self._make(key)
+        self._used[key] = now
+        self._used.move_to_end(key)
+        return held
+
+    def _make_room(self, limit: float) -> bool:
+        key, used = next(iter(self._used.items()))
+        if used > limit:
+            return False
+        del self._used[key]
+        self._held.pop(key).remove()
+        return True
+
+    def always(self, key: Key) -> Held:
+        """Return the thing of a key beside the bound; for a handful of keys."""
+        if key not in self._always:
+            self._always[key] = self._make(key)
+        return self._always[key]

@@ -14,7 +14,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from foreword.engine.request import Request
-from foreword.errors import BadRequest, ForewordError, NotFound, Overloaded, did_you_mean
+from foreword.errors import (
+    BadRequest,
+    ForewordError,
+    NotFound,
+    Overloaded,
+    RateLimited,
+    Unauthorized,
+    Unavailable,
+    did_you_mean,
+)
 
 MAX_CHOICES = 128
 """Answers of one HTTP request, prompts times `n`: OpenAI's limit for `n`, and half of the engine's default queue."""
@@ -22,7 +31,31 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 SEED_LIMIT = 2**63
 
+_OWN_VECTORS = "vectors come from the registry's versions, never from a client"
+_OWN_CACHE = "the server sets it itself: it decides whose cached blocks a request may read"
+_NO_CACHE = "it makes an engine skip the cache, where a task's vectors are"
+ENGINE_FIELDS = {
+    "prompt_embeds": _OWN_VECTORS,
+    "kv_transfer_params": "the server sets it itself: it names the vectors that the engine loads",
+    "cache_salt": _OWN_CACHE,
+    "prompt_logprobs": _NO_CACHE,
+    "prompt_logprob_token_ids": _NO_CACHE,
+    "skip_reading_prefix_cache": _NO_CACHE,
+    "echo": "the prompt is not part of an answer; " + _NO_CACHE,
+    "prompt_token_ids": "send token ids as `prompt` of /v1/completions",
+    "vllm_xargs": "engines get nothing that the server has not made itself",
+    "logits_processors": "it runs code in the engine",
+    "chat_template": "a task is rendered as it was trained",
+    "chat_template_kwargs": "a task is rendered as it was trained",
+    "add_special_tokens": "a task is rendered as it was trained",
+    "add_generation_prompt": "a task is rendered as it was trained",
+    "continue_final_message": "a task is rendered as it was trained",
+}
+"""Fields of vLLM's bodies that a client must not set, and why."""
+
 Prompt = str | list[int]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+AnyPrompt = str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
 
 
 class InvalidBody(BadRequest):
@@ -32,6 +65,10 @@ class InvalidBody(BadRequest):
         super().__init__(message, hint=hint)
         self.param = param
         self.status = status
+
+
+class InvalidPath(InvalidBody):
+    """Nothing is at this path, or not for this method."""
 
 
 def _as_list(value: Any) -> Any:
@@ -59,6 +96,8 @@ def _joined(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     for place, part in enumerate(value):
+        if isinstance(part, dict) and part.get("type") == "prompt_embeds":
+            raise ValueError(f"part {place} is of type prompt_embeds; {ENGINE_FIELDS['prompt_embeds']}")
         if not (isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"):
             raise ValueError(f'part {place} is not {{"type": "text", "text": …}}; only text is served')
         if not isinstance(part["text"], str):
@@ -66,32 +105,44 @@ def _joined(value: Any) -> Any:
     return "\n".join(part["text"] for part in value)
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Unknown fields and values of another type are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-class Message(_Strict):
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined)]
+    content: Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
     """Text, or a list of text parts."""
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Options of a streamed answer."""
 
     include_usage: bool = False
     """Send one more chunk, without choices, that holds the usage."""
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """Constraints on the answer, under vLLM's name; only a closed set is served."""
 
     choice: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
 
 
-class Body(_Strict):
+Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
+
+
+class Body(Strict):
     """What both endpoints take. None, or a field that is not sent, is the default."""
 
     model: str = Field(min_length=1)
@@ -104,9 +155,7 @@ class Body(_Strict):
     seed: int | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] | None = Field(
-        None, max_length=MAX_STOPS
-    )
+    stop: Annotated[Stops, BeforeValidator(_as_list, json_schema_input_type=str | Stops)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -118,7 +167,12 @@ class Body(_Strict):
     structured_outputs: StructuredOutputs | None = None
     """Extension: `{"choice": ["yes", "no"]}` constrains the answer to one of these."""
     user: str | None = None
-    """Identification only; neither used nor logged."""
+    """Keeps a user on one side of a canary, within the tenant; neither logged nor sent on."""
+
+    return_token_ids: bool | None = None
+    """Extension: choices hold the ids of the answer's tokens too."""
+    return_tokens_as_token_ids: bool | None = None
+    """Extension: log-probabilities name tokens as `token_id:7`, which no two tokens share."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -130,13 +184,28 @@ class Body(_Strict):
         """Whether a streamed answer ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def requests(self, prefix: str | None) -> list[Request]:
-        """Return the engine's requests, one per prompt, each for `n` answers behind `prefix`."""
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The limit of new tokens, under whichever name it was given."""
+        return self.max_tokens
+
+    def requests(
+        self, prefix: str | None, *, default_limit: int | None = None, allow_special: bool = True
+    ) -> list[Request]:
+        """Return the engine's requests, one per prompt, each for `n` answers behind `prefix`.
+
+        For `default_limit` and `allow_special` see `Request`.
+        """
+        sampling = self._sampling(prefix) | {"default_limit": default_limit, "allow_special": allow_special}
+        return [Request(**prompt, **sampling) for prompt in self._inputs()]
+
+    def _inputs(self) -> list[dict[str, Any]]:
+        """Return what tells the requests apart: a field of `Request` with its value for each."""
         raise NotImplementedError
 
     def _sampling(self, prefix: str | None) -> dict[str, Any]:
         given: dict[str, Any] = {
-            "max_tokens": self.max_tokens,
+            "max_tokens": self.max_new_tokens,
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(self.top_k, 0),
@@ -156,7 +225,7 @@ class Body(_Strict):
 class CompletionBody(Body):
     """The body of /v1/completions."""
 
-    prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
+    prompt: Annotated[list[Prompt], PlainValidator(_prompts, json_schema_input_type=AnyPrompt)]
     """A text, a list of texts, or token ids that follow the task's block as they are."""
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -165,13 +234,8 @@ class CompletionBody(Body):
         """Best tokens to report next to each chosen one; None reports no log-probabilities."""
         return self.logprobs
 
-    def requests(self, prefix: str | None) -> list[Request]:
-        """Return the engine's requests, one per prompt, each for `n` answers behind `prefix`."""
-        sampling = self._sampling(prefix)
-        return [
-            Request(prompt=prompt, **sampling) if isinstance(prompt, str) else Request(prompt_ids=prompt, **sampling)
-            for prompt in self.prompt
-        ]
+    def _inputs(self) -> list[dict[str, Any]]:
+        return [{"prompt" if isinstance(prompt, str) else "prompt_ids": prompt} for prompt in self.prompt]
 
 
 class ChatBody(Body):
@@ -188,27 +252,37 @@ class ChatBody(Body):
         """Best tokens to report next to each chosen one; None reports no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def requests(self, prefix: str | None) -> list[Request]:
-        """Return the one request of a conversation, for `n` answers behind `prefix`."""
-        sampling = self._sampling(prefix)
-        if self.max_completion_tokens is not None:
-            sampling["max_tokens"] = self.max_completion_tokens
-        turns = [{"role": message.role, "content": message.content} for message in self.messages]
-        return [Request(messages=turns, **sampling)]
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The limit of new tokens, under whichever name it was given."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def _inputs(self) -> list[dict[str, Any]]:
+        return [{"messages": [{"role": message.role, "content": message.content} for message in self.messages]}]
 
 
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def parse_body(kind: type[AnyBody], data: bytes) -> AnyBody:
     """Read a request's body. Raises InvalidBody with the position where it is no JSON, else the path of a bad field."""
-    document = _parse_json(data)
-    try:
-        body = kind.model_validate(document)
-    except ValidationError as error:
-        raise _explained(kind, error) from None
+    body = parse_model(kind, data)
     _refuse_without_effect(body)
     return body
+
+
+def parse_model(kind: type[AnyModel], data: bytes) -> AnyModel:
+    """Read JSON as a model of any kind. Raises InvalidBody as `parse_body` does."""
+    return checked(kind, _parse_json(data))
+
+
+def checked(kind: type[AnyModel], document: dict[str, Any]) -> AnyModel:
+    """Return a document as a model. Raises InvalidBody with the path of the first bad field."""
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise _explained(kind, error) from None
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:
@@ -246,12 +320,16 @@ def _refuse_constant(name: str) -> Any:
     raise InvalidBody(f"the body holds {name}, which is no JSON number")
 
 
-def _explained(kind: type[Body], error: ValidationError) -> InvalidBody:
+def _explained(kind: type[BaseModel], error: ValidationError) -> InvalidBody:
     """Return the first fault with its path; a value is shown only where it is a number or the like, never text."""
-    fault = error.errors(include_url=False)[0]
+    faults = error.errors(include_url=False)
+    refused = (fault for fault in faults if fault["type"] == "extra_forbidden" and _path(fault["loc"]) in ENGINE_FIELDS)
+    fault = next(refused, faults[0])
     path = _path(fault["loc"])
     if fault["type"] == "extra_forbidden":
         known = kind.model_fields if len(fault["loc"]) == 1 else {}
+        if (why := ENGINE_FIELDS.get(path)) is not None:
+            return InvalidBody(f"the field {path!r} is refused: {why}", hint="Remove it.", param=path)
         return InvalidBody(
             f"the field {path!r} is not supported",
             hint=did_you_mean(str(fault["loc"][-1])[:80], known) or "Remove it.",
@@ -274,6 +352,11 @@ def _refuse_without_effect(body: Body) -> None:
     """Raise InvalidBody where a field is given that would change nothing."""
     faults: list[tuple[bool, str, str]] = [
         (body.stream_options is not None and not body.stream, "stream_options", "is for stream: true"),
+        (
+            body.return_tokens_as_token_ids is not None and body.num_logprobs is None,
+            "return_tokens_as_token_ids",
+            "is for logprobs",
+        ),
     ]
     if isinstance(body, ChatBody):
         faults += [
@@ -296,22 +379,41 @@ def _refuse_without_effect(body: Body) -> None:
         )
 
 
-def error_json(error: ForewordError, status: int | None = None) -> dict[str, Any]:
-    """Return an error in OpenAI's shape; the message holds the cure too."""
-    status = status or error.status
-    kind = "invalid_request_error" if status < 500 else "overloaded_error" if status == 503 else "server_error"
-    code = "model_not_found" if isinstance(error, NotFound) else _snake(type(error).__name__)
-    param = "model" if isinstance(error, NotFound) else getattr(error, "param", None)
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def error_json(error: ForewordError, *, is_about_model: bool = True) -> dict[str, Any]:
+    """Return an error in OpenAI's shape; the message holds the cure too.
+
+    `is_about_model` says what was not found where something was not.
+    """
+    kind = _KINDS.get(error.status) or ("invalid_request_error" if error.status < 500 else "server_error")
+    code, param = error_kind(error), getattr(error, "param", None)
+    if isinstance(error, NotFound) and is_about_model:
+        code, param = "model_not_found", "model"
     message = f"{error.message}. {error.hint}" if error.hint else error.message
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_headers(error: ForewordError) -> dict[str, str]:
     """Return the headers that an error's answer needs."""
-    if isinstance(error, Overloaded):
+    if isinstance(error, Unauthorized):
+        return {"www-authenticate": "Bearer"}
+    if isinstance(error, Overloaded | Unavailable | RateLimited):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     return {}
 
 
-def _snake(name: str) -> str:
+def error_kind(error: BaseException) -> str:
+    """Return an error's class as metrics, logs and OpenAI's `code` name it: backend_failed; else internal_error."""
+    return "internal_error" if type(error) is ForewordError else snake(type(error).__name__)
+
+
+def snake(name: str) -> str:
+    """Return the name of a class in snake case."""
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).removeprefix("_")

@@ -106,6 +106,10 @@ class Residents:
         """Bytes that they take."""
         return sum(entry.num_bytes for entry in self._entries.values())
 
+    def loaded(self) -> list[tuple[Version, int]]:
+        """Return the versions that are loaded, with the bytes that each takes."""
+        return [(entry.version, entry.num_bytes) for entry in self._entries.values() if entry.is_loaded]
+
     def __contains__(self, sha256: str) -> bool:
         return sha256 in self._entries
 

@@ -1,0 +1,95 @@
+"""Conformance through a running server: the published version passes, anything else is found out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from foreword.core.artefact import load_artefact, read_header, save_artefact
+from foreword.core.compile import compile
+from foreword.core.conformance import make_probes
+from foreword.doctor.server import ServerUnderTest, check_version
+from foreword.engine.engine import Engine
+from foreword.errors import BackendFailed
+from foreword.registry.store import Registry
+from foreword.serve.embedded import EmbeddedBackend
+from foreword.serve.gateway import create_app
+from tests.serve.artefacts import demo_base, write_artefact
+from tests.serve.fakes import served
+
+METHODS = ("prompt", "prefix", "kv")
+
+
+def probed(path: Path) -> Path:
+    """Give an artefact its conformance probes."""
+    artefact, base = load_artefact(path), demo_base()
+    rows = [base.tokenizer(text).input_ids for text in ("Where is my order?", "The invoice is wrong.", "Thank you")]
+    header = dataclasses.replace(artefact.header, conformance=make_probes(base, compile(base, artefact), rows))
+    save_artefact(path, header, artefact.tensors)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Registry]]:
+    folder = tmp_path_factory.mktemp("doctor")
+    with Registry.open(folder / "home") as registry:
+        for seed, method in enumerate(METHODS):
+            registry.publish(probed(write_artefact(folder, method, method, seed=seed)))
+        engine = Engine(demo_base(), kv_memory="32MiB")
+        engine.start()
+        backend = EmbeddedBackend(engine)
+        with served(create_app(backend, registry, base_name="base-3m"), backend) as running:
+            yield running.url, registry
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_published_version_passes(stage: tuple[str, Registry], method: str) -> None:
+    url, registry = stage
+    version = registry.resolve(method)
+    with ServerUnderTest(f"{url}/v1/") as server:
+        found = check_version(server, method, version.sha256, registry.header(version), "float32")
+    assert [finding.ok for finding in found] == [True, True], found
+    assert "3 of 3" in found[1].measured
+
+
+def test_another_version_is_found_out(stage: tuple[str, Registry]) -> None:
+    url, registry = stage
+    expected = registry.resolve("prompt")
+    with ServerUnderTest(url) as server:
+        found = check_version(server, "kv", expected.sha256, registry.header(expected), "float32")
+    assert [finding.ok for finding in found] == [False, False]
+    assert expected.sha256[:12] in found[0].measured and registry.resolve("kv").sha256[:12] in found[0].measured
+    assert "FAILS" in found[1].measured
+
+
+def test_the_plain_base_does_not_pass_for_a_version(stage: tuple[str, Registry]) -> None:
+    url, registry = stage
+    version = registry.resolve("kv")
+    with ServerUnderTest(url) as server:
+        found = check_version(server, "base-3m", version.sha256, registry.header(version), "float32")
+    assert not found[0].ok and "no version" in found[0].measured and not found[1].ok
+
+
+def test_an_unknown_name_is_one_failed_finding(stage: tuple[str, Registry]) -> None:
+    url, registry = stage
+    header = registry.header(registry.resolve("kv"))
+    with ServerUnderTest(url) as server:
+        (found,) = check_version(server, "nobody", "0" * 64, header, "float32")
+    assert not found.ok and "404" in found.measured and "nobody" in found.measured
+
+
+def test_an_artefact_without_probes_says_so(stage: tuple[str, Registry], tmp_path: Path) -> None:
+    header = read_header(write_artefact(tmp_path, "bare"))
+    with ServerUnderTest(stage[0]) as server:
+        (found,) = check_version(server, "bare", "0" * 64, header, "float32")
+    assert found.ok and "nothing was compared" in found.measured
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::"])
+def test_a_dead_or_wrong_url_is_a_clear_error(url: str) -> None:
+    with pytest.raises(BackendFailed, match=r"does not answer|is no URL"):
+        with ServerUnderTest(url) as server:
+            server.models()
