@@ -2,8 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
+VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: demo test test-all lint fix bench twelve clean
+.PHONY: demo test test-all test-vllm lint fix bench twelve clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -11,14 +14,30 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
+$(VLLM_STAMP): requirements-vllm.txt tests/vllm/finish_environment.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install -r requirements-vllm.txt
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec  # built for CUDA; vLLM does without
+	$(VLLM_PIP) freeze > $(VLLM)/frozen.txt
+	$(VLLM_PIP) install -c $(VLLM)/frozen.txt s3fs
+	$(VLLM_PIP) install --no-deps -e .
+	$(VLLM)/bin/python tests/vllm/finish_environment.py
+	touch $(VLLM_STAMP)
+
 demo: $(STAMP)  ## train, judge, publish, serve and roll back four small tasks on the bundled base
 	$(BIN)/foreword demo
 
 test: $(STAMP)  ## the default tests
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm and not postgres and not browser"
+	$(BIN)/python -m pytest -m "not slow and not postgres and $(NOT_HERE)"
 
-test-all: $(STAMP)  ## everything but what needs a GPU
-	$(BIN)/python -m pytest -m "not gpu and not vllm and not postgres and not browser"
+test-more: $(STAMP)  ## slow tests, and those against a PostgreSQL server
+	$(BIN)/python -m pytest -m "(slow or postgres) and $(NOT_HERE)"
+
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## the plug-in in a stock vLLM on the CPU: an environment of its own, 4 GB
+	$(BIN)/python -m pytest -m vllm --timeout 600
+
+test-deploy: $(DEPLOY_STAMP)  ## Ray Serve, a router, the schemas of the files in deploy/: an environment of its own
+	OMP_NUM_THREADS=1 $(DEPLOY)/bin/python -m pytest -m deploy tests/deploy
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,13 +48,20 @@ fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## the README's figures
+bench: $(STAMP) $(VLLM_STAMP)  ## the figures of README and docs/scale.md
 	$(BIN)/python bench/startup.py --json bench/results/startup.json
 	$(BIN)/python bench/training.py --json bench/results/training.json
 	$(BIN)/python bench/engine.py --json bench/results/engine.json
+	$(BIN)/python bench/versions.py --json bench/results/versions.json
+	$(BIN)/python bench/registry.py --json bench/results/registry.json
+	$(BIN)/python bench/gateway.py --json bench/results/gateway.json
+	$(BIN)/python bench/vllm_plugin.py --json bench/results/vllm_plugin.json
+	$(BIN)/python bench/capacity.py --json bench/results/capacity.json
+	$(BIN)/python bench/cache.py --json bench/results/cache.json
+	$(BIN)/python bench/scale_tables.py
 
 twelve: $(STAMP)  ## the twelve shared tasks on base-3m
 	$(BIN)/python examples/twelve_tasks/run.py --base ../shared/models/base-3m
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VLLM) $(DEPLOY) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -38,6 +38,7 @@ TORCH_FREE = [
     "foreword.engine.scheduler",
     "foreword.engine.kvpool",
     "foreword.serve.gateway",
+    "foreword.serve.run_replicas",
     "foreword.cli",
 ]
 

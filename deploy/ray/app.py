@@ -74,6 +74,8 @@ class Opening:
     replica: str
     num_loads: int
     """Versions that the replica has loaded since its start."""
+    num_running: int
+    """Answers in generation there."""
     num_prompt_tokens: int
 
 
@@ -143,7 +145,8 @@ def _replica_class(max_prefixes: int) -> type:
             stream = None
             try:
                 stream = await self._submit(requests, serve.get_multiplexed_model_id())
-                yield Opening(self.name, self.num_loads, stream.num_prompt_tokens)
+                num_running = self.backend.stats().num_running
+                yield Opening(self.name, self.num_loads, num_running, stream.num_prompt_tokens)
                 async for chunk in stream:
                     yield chunk
             except ForewordError as error:
@@ -206,8 +209,8 @@ class RayBackend:
         self.fingerprint = fingerprint
         self.requests: Counter[tuple[str, str]] = Counter()
         """By replica and version; "" is the base."""
-        self.loads: dict[str, int] = {}
-        """By replica, as far as its last answer tells."""
+        self.openings: dict[str, Opening] = {}
+        """The latest of each replica."""
         self._replicas = replicas.options(stream=True)
         self._tokenizer = tokenizer
         self._itemsize = itemsize
@@ -246,7 +249,7 @@ class RayBackend:
         if isinstance(opening, ForewordError):
             raise opening
         self.requests[opening.replica, sha256] += 1
-        self.loads[opening.replica] = max(opening.num_loads, self.loads.get(opening.replica, 0))
+        self.openings[opening.replica] = opening
         return RayStream(replies, opening, sum(request.n for request in requests))
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -288,7 +291,7 @@ class Front:
         self.backend = RayBackend(replicas, info.fingerprint, tokenizer, itemsize)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Return foreword's gateway, and /replicas: how often each replica loaded a version and answered for it."""
+        """Return foreword's gateway, and /replicas: each one's loads, load, and requests by version."""
         name, backend = self.settings.base_name or own_name(self.settings.base), self.backend
         app = create_app(backend, self.registry, base_name=name, require_keys=self.settings.require_keys)
 
@@ -296,7 +299,8 @@ class Front:
         async def replicas(request: HTTPRequest) -> dict[str, dict[str, Any]]:
             app.state.gateway.guard.admin(request.headers.get("authorization"))
             found: dict[str, dict[str, Any]] = {
-                replica: {"loads": loads, "requests": {}} for replica, loads in backend.loads.items()
+                name: {"loads": opening.num_loads, "running": opening.num_running, "requests": {}}
+                for name, opening in backend.openings.items()
             }
             for (replica, sha256), count in backend.requests.items():
                 found[replica]["requests"][sha256] = count

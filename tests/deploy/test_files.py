@@ -15,6 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import foreword.serve
 from foreword.cli import app
 from foreword.serve.vllm_blocks import TESTED_VLLM
 
@@ -54,12 +55,16 @@ def variables(found: dict[str, Any]) -> dict[str, str]:
     return {entry["name"]: entry.get("value", "") for entry in found.get("env", [])}
 
 
-@pytest.mark.parametrize("name", ["gateway", "vllm"])
-def test_a_pod_has_time_to_drain(name: str) -> None:
-    found = container(name)
-    drain = int(option(found["args"], "drain")[0]) if name == "gateway" else int(variables(found)["SHUTDOWN_TIMEOUT"])
-    before = int(found["lifecycle"]["preStop"]["exec"]["command"][1]) if "lifecycle" in found else 0
-    assert pods()[name]["spec"]["terminationGracePeriodSeconds"] > before + drain
+def test_a_pod_has_time_to_drain() -> None:
+    arguments = container("gateway")["args"]
+    needed = {
+        "gateway": int(option(arguments, "notice")[0]) + int(option(arguments, "drain")[0]),
+        "vllm": int(variables(container("vllm"))["SHUTDOWN_TIMEOUT"]),
+    }
+    for name, seconds in needed.items():
+        assert pods()[name]["spec"]["terminationGracePeriodSeconds"] > seconds
+    probe = container("gateway")["readinessProbe"]
+    assert int(option(arguments, "notice")[0]) > probe["periodSeconds"] * probe["failureThreshold"]
 
 
 def test_gateways_know_every_replica_by_its_name() -> None:
@@ -165,6 +170,14 @@ def test_compose_waits_gives_time_and_keeps_the_data_apart() -> None:
 def test_images_are_of_the_tested_vllm() -> None:
     assert f"FROM vllm/vllm-openai:v{TESTED_VLLM}" in (DEPLOY / "vllm/Dockerfile").read_text()
     assert f"foreword-vllm:{TESTED_VLLM}" in (DEPLOY / "compose.yaml").read_text()
+
+
+def test_the_metrics_that_the_page_names_exist() -> None:
+    named = re.findall(r"`(?:vllm:)?foreword_(\w+)", (DEPLOY.parent / "docs/scale.md").read_text())
+    assert len(named) > 15
+    source = "".join(path.read_text() for path in Path(foreword.serve.__file__).parent.glob("*.py"))
+    known = {name.removeprefix("foreword_") for name in re.findall(r'"(\w+)"', source)}
+    assert {name.removesuffix("_total") for name in named} <= known
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

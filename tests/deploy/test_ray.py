@@ -102,15 +102,13 @@ def num_loads(server: httpx.Client) -> int:
     return sum(replica["loads"] for replica in replicas(server).values())
 
 
-def replica_of(server: httpx.Client, model: str) -> str:
-    """Ask once; return the replica that answered."""
-    before = replicas(server)
-    digest = ask(server, model, QUESTIONS[0]).headers["x-foreword-digest"]
-    for name, replica in replicas(server).items():
-        earlier = before.get(name, {"requests": {}})["requests"].get(digest, 0)
-        if replica["requests"].get(digest, 0) > earlier:
-            return name
-    raise AssertionError("no replica counts the request")
+def newly_asked(server: httpx.Client, before: dict[str, dict[str, Any]]) -> str:
+    """Return the replica that has had a request since `before`."""
+    counts = {name: sum(replica["requests"].values()) for name, replica in before.items()}
+    (name,) = (
+        name for name, replica in replicas(server).items() if sum(replica["requests"].values()) > counts.get(name, 0)
+    )
+    return name
 
 
 def running_replicas() -> list[str]:
@@ -155,25 +153,46 @@ def test_errors_and_streams_pass_through(server: httpx.Client) -> None:
     assert "".join(text_of(event) for event in events[:-1]) == whole
 
 
+def test_a_client_that_goes_away_frees_the_replica(server: httpx.Client) -> None:
+    """A stream left after its first event ends in the engine long before a whole one would."""
+    body = stream_body("alpha", QUESTIONS[0]) | {"max_tokens": 1000, "ignore_eos": True, "n": 16}
+
+    def seconds_until_idle(is_left: bool) -> float:
+        started, before = time.monotonic(), replicas(server)
+        with server.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            name = newly_asked(server, before)
+            if not is_left:
+                list(lines)
+        while True:  # Serve sends requests to the other one meanwhile
+            before = replicas(server)
+            ask(server, BASE_NAME, QUESTIONS[0], max_tokens=1)
+            if newly_asked(server, before) == name and replicas(server)[name]["running"] <= 1:
+                return time.monotonic() - started
+
+    whole = seconds_until_idle(is_left=False)
+    assert seconds_until_idle(is_left=True) < whole / 2
+
+
 def test_a_killed_replica_costs_its_own_streams_and_nothing_else(
     server: httpx.Client, expected: dict[tuple[str, str], str]
 ) -> None:
     import ray
 
-    victim = replica_of(server, "alpha")
-    while replica_of(server, "alpha") != victim:
-        victim = replica_of(server, "alpha")
-    name = next(name for name in running_replicas() if name.endswith(victim))
     body = stream_body("alpha", QUESTIONS[0]) | {"max_tokens": 1900, "ignore_eos": True, "n": 16}
+    before = replicas(server)
     with server.stream("POST", "/v1/completions", json=body) as stream:
         lines = stream.iter_lines()
         assert next(lines).startswith("data: ")
+        victim = newly_asked(server, before)
+        name = next(name for name in running_replicas() if name.endswith(victim))
         ray.kill(ray.get_actor(name, namespace="serve"))
         rest = [line for line in lines if line]
     assert '"backend_failed"' in rest[-1]
     answers_agree(server, expected)  # the other replica has all of it
-    before, deadline = set(replicas(server)), time.monotonic() + 120
-    while set(replicas(server)) == before:  # until the replica that Serve starts in its place answers
+    known, deadline = set(replicas(server)), time.monotonic() + 120
+    while set(replicas(server)) == known:  # until the replica that Serve starts in its place answers
         assert time.monotonic() < deadline, "Serve did not replace the replica"
         assert ask(server, BASE_NAME, QUESTIONS[0]).status_code == 200
         time.sleep(0.1)

@@ -91,13 +91,15 @@ class Place:
 
 
 def _place(kind: str) -> Any:
-    return pytest.param(kind, marks=[pytest.mark.postgres] if kind.startswith("postgres") else [])
+    marks = {"postgres": pytest.mark.postgres, "sqlite-s3": pytest.mark.slow}
+    return pytest.param(kind, marks=[mark for name, mark in marks.items() if kind.startswith(name)])
 
 
 ON_EACH_DATABASE = [_place("sqlite-folder"), _place("postgres-folder")]
 """For tests that are about the database alone."""
 EVERYWHERE = [*ON_EACH_DATABASE, _place("sqlite-s3"), _place("postgres-s3")]
 ON_POSTGRES = [_place("postgres-folder")]
+ON_S3 = [_place("sqlite-s3")]
 
 
 @pytest.fixture(params=EVERYWHERE)

@@ -147,7 +147,10 @@ def execute(url: str, statement: str) -> list[tuple[object, ...]]:
 
 @functools.cache
 def server() -> Server:
-    """Return the test run's server, started at the first call and removed at the end of the process."""
+    """Return the test run's server, started at the first call and removed at the end of the process.
+
+    The first call must come from the main thread: the server ends with the thread that started it.
+    """
     return Server()
 
 

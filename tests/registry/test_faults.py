@@ -18,13 +18,13 @@ from foreword.registry import database, remote_blobs
 from foreword.registry.access_records import Usage
 from foreword.registry.store import Registry, Version
 
-from .conftest import ON_EACH_DATABASE, ON_POSTGRES, Factory, Place, shadow_pair, start
+from .conftest import ON_EACH_DATABASE, ON_POSTGRES, ON_S3, Factory, Place, shadow_pair, start
 from .postgres import execute, server
 from .s3 import client
 
 on_postgres = pytest.mark.parametrize("place", ON_POSTGRES, indirect=True)
 on_each_database = pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)
-on_s3 = pytest.mark.parametrize("place", ["sqlite-s3"], indirect=True)
+on_s3 = pytest.mark.parametrize("place", ON_S3, indirect=True)
 
 
 @contextmanager
@@ -302,7 +302,7 @@ def test_a_bucket_that_is_not_there(place: Place, artefact: Factory) -> None:
     assert "no-such-bucket" not in {bucket["Name"] for bucket in client().list_buckets()["Buckets"]}
 
 
-@pytest.mark.parametrize("place", [*ON_POSTGRES, "sqlite-s3"], indirect=True)
+@pytest.mark.parametrize("place", [*ON_POSTGRES, *ON_S3], indirect=True)
 def test_nothing_is_left_open_at_exit(place: Place, artefact: Factory) -> None:
     code = """
         import sys

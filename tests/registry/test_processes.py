@@ -15,6 +15,7 @@ from foreword.errors import Conflict
 from foreword.registry.store import Registry
 
 from .conftest import ON_EACH_DATABASE, Factory, Place, finish, start
+from .postgres import execute, postgres_url
 
 PUBLISH = """
     import json, sys
@@ -80,6 +81,29 @@ def test_many_open_a_fresh_home_at_once(home: Path) -> None:
     assert [finish(child) for child in children] == ["[]\n" * 4] * 4
     for each in homes:
         check_whole(Place(each))
+
+
+@pytest.mark.postgres
+def test_many_open_an_empty_database_at_once(home: Path) -> None:
+    code = """
+        import sys
+        import alembic.command
+        from foreword.registry.store import Registry
+        print("ready", flush=True)
+        sys.stdin.readline()
+        with Registry.open() as registry:
+            print(registry.access.revision())
+    """
+    with postgres_url(is_empty=True) as url:
+        children = [start(code, **Place(home / str(number), url).environment) for number in range(4)]
+        for child in children:
+            assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        for child in children:
+            assert child.stdin is not None
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        assert [finish(child) for child in children] == ["1\n"] * 4
+        assert len(execute(url, "SELECT id FROM registry")) == 1
 
 
 @pytest.mark.parametrize("place", ON_EACH_DATABASE, indirect=True)

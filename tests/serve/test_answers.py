@@ -100,3 +100,21 @@ def test_chat_logprobs_hold_bytes() -> None:
 def test_events_hold_no_line_separators() -> None:
     assert b"\\u2028" in event_bytes({"text": "a\u2028b\n"})
     assert token_text("é".encode()) == "é"
+
+
+def test_token_ids_where_they_are_asked_for() -> None:
+    choice = Gathered()
+    choice.add(Chunk(index=0, text="caf", token_ids=(1,)))
+    choice.add(Chunk(index=0, text="é", token_ids=(2, 3), finish_reason="stop"))
+    for is_chat in (True, False):
+        shape = answer(is_chat=is_chat, has_token_ids=True)
+        assert shape.whole([choice], Usage(4, 3))["choices"][0]["token_ids"] == [1, 2, 3]
+        held = Chunk(index=0, text="", token_ids=(2,))
+        (event,) = map(parsed, shape.events(held))  # told, although its text is held back
+        assert event["choices"][0]["token_ids"] == [2]
+        assert not list(answer(is_chat=is_chat).events(held))
+        assert "token_ids" not in answer(is_chat=is_chat).whole([choice], Usage(4, 3))["choices"][0]
+    named = answer(is_chat=True, has_logprobs=True, names_ids=True)
+    (event,) = map(parsed, named.events(Chunk(index=0, text="!", token_ids=(4,), logprobs=logprobs(4))))
+    entry = event["choices"][0]["logprobs"]["content"][0]
+    assert (entry["token"], entry["bytes"]) == ("token_id:4", list(b"!"))

@@ -63,6 +63,31 @@ def test_a_change_is_seen_and_told_once() -> None:
     run(main())
 
 
+def test_a_listener_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    access = FakeAccess()
+
+    def fail(*snapshots: object) -> None:
+        raise ZeroDivisionError("its value")
+
+    async def main() -> None:
+        control = Control(access, poll_s=0.001)
+        ticks, changes = asyncio.Semaphore(0), asyncio.Semaphore(0)
+        control.on_tick(fail)
+        control.on_tick(ticks.release)
+        control.on_change(fail)
+        control.on_change(lambda old, new: changes.release())
+        keeper = asyncio.create_task(control.keep_fresh())
+        for number in range(3):
+            access.add_tenant(f"tenant-{number}")
+            await asyncio.wait_for(changes.acquire(), 5)
+            await asyncio.wait_for(ticks.acquire(), 5)
+        keeper.cancel()
+        control.close()
+
+    run(main())
+    assert "a listener failed: ZeroDivisionError at" in caplog.text and "its value" not in caplog.text
+
+
 def test_an_old_snapshot_is_read_again_though_nothing_changed(clock: Clock) -> None:
     access = FakeAccess()
 

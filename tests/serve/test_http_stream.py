@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from foreword.engine.request import Chunk
 from foreword.errors import BackendFailed, BadRequest, ForewordError, Overloaded
-from foreword.serve import http_stream as http_stream_module
+from foreword.serve import http_events as http_events_module
 from foreword.serve import replicas as replicas_module
 from foreword.serve.backend import Timings
-from foreword.serve.http_stream import HttpClient, HttpStream, Post, _Reader
+from foreword.serve.http_events import Post, Reader
+from foreword.serve.http_stream import HttpClient, HttpStream
 from foreword.serve.replicas import Pool, Timeouts
 from tests.serve.stub_vllm import END, StubVLLM, event, stubs
 
@@ -40,7 +41,7 @@ def post(**changes: Any) -> Post:
 
 
 def read(pieces: Sequence[bytes], **changes: Any) -> tuple[list[Chunk], bool]:
-    reader = _Reader(post(**changes), Timings())
+    reader = Reader(post(**changes), Timings())
     found = [chunk for data in pieces for event in reader.events(data) for chunk in reader.chunks(event)]
     return found, reader.is_done
 
@@ -164,7 +165,7 @@ def test_the_first_space_goes_where_the_base_drops_it() -> None:
 def test_what_is_not_understood_fails_the_request(data: bytes) -> None:
     async def scenario(pool: Pool, client: HttpClient, engines: Sequence[StubVLLM]) -> None:
         stream = HttpStream(client, pool, [], explain)
-        reader = _Reader(post(num_logprobs=1, num_prompt_tokens=None), Timings())
+        reader = Reader(post(num_logprobs=1, num_prompt_tokens=None), Timings())
         with pool.attempt("key") as attempt:
             for found in reader.events(data):
                 stream._take(found, reader, attempt)
@@ -174,7 +175,7 @@ def test_what_is_not_understood_fails_the_request(data: bytes) -> None:
 
 
 def test_an_endless_event_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_stream_module, "MAX_EVENT_BYTES", 1000)
+    monkeypatch.setattr(http_events_module, "MAX_EVENT_BYTES", 1000)
     with pytest.raises(BackendFailed, match="not understood"):
         read([b"data: " + b"x" * 500, b"x" * 600])
 
@@ -224,6 +225,21 @@ def first_engine(pool: Pool, engines: Sequence[StubVLLM], key: str = "key") -> S
     return next(engine for engine in engines if engine.url == url)
 
 
+def test_a_stream_starts_with_its_first_token() -> None:
+    async def scenario(pool: Pool, client: HttpClient, engines: Sequence[StubVLLM]) -> None:
+        engines[0].hangs = "token"
+        stream = HttpStream(client, pool, [post()], explain)
+        starting = asyncio.create_task(stream.start())
+        await engines[0].until(lambda: engines[0].num_running == 1)
+        _, pending = await asyncio.wait([starting], timeout=0.05)
+        assert pending and pool.num_waiting == 1
+        await engines[0].stop()
+        with pytest.raises(BackendFailed, match=r"before the first token came|1 are down"):
+            await starting
+
+    run(scenario)
+
+
 def test_several_prompts_and_choices_come_together() -> None:
     async def scenario(pool: Pool, client: HttpClient, engines: Sequence[StubVLLM]) -> None:
         stream, texts = await gather(client, pool, post(n=2), post(first=2, prompt=[1] * 5, max_tokens=2))
@@ -232,6 +248,18 @@ def test_several_prompts_and_choices_come_together() -> None:
         assert stream.timings.num_tokens == {0: 3, 1: 3, 2: 2} and stream.timings.num_completion_tokens == 8
         assert len(stream.timings.first_token_s()) == 3
         assert pool.num_waiting == 0
+
+    run(scenario)
+
+
+def test_bodies_are_kept_only_while_they_may_be_sent_again() -> None:
+    async def scenario(pool: Pool, client: HttpClient, engines: Sequence[StubVLLM]) -> None:
+        large = post(prompt=[1] * 100_000)
+        stream = HttpStream(client, pool, [large], explain)
+        assert len(large.body) > 100_000
+        await stream.start()
+        assert large.body == b""
+        await stream.aclose()
 
     run(scenario)
 
@@ -352,8 +380,8 @@ def test_a_refusal_is_explained_and_not_tried_elsewhere(status: int) -> None:
 def test_a_request_that_the_engine_fails_is_not_tried_elsewhere() -> None:
     async def scenario(pool: Pool, client: HttpClient, engines: Sequence[StubVLLM]) -> None:
         first_engine(pool, engines).fails_after = 0
-        with pytest.raises(BackendFailed, match="explained 500"):
-            await gather(client, pool, post())
+        with pytest.raises(BackendFailed, match="explained 500"):  # at the start: it has a status still
+            await HttpStream(client, pool, [post()], explain).start()
         assert sum(len(engine.bodies) for engine in engines) == 1
         assert all(state.failures == 0 for state in pool.states())
 

@@ -121,10 +121,10 @@ def test_a_correction_counts_where_the_estimate_did() -> None:
     slot = limiter.admit("acme", Limits())
     slot.settle(1000, 0)
     time.seconds += 59
-    slot.settle(10, 0)
-    assert limiter.usage()["acme"].tokens == 10
+    slot.settle(10, 5)
+    assert limiter.usage()["acme"].tokens == 15
     time.seconds += 2
-    assert limiter.usage()["acme"].tokens == 0
+    assert limiter.usage()["acme"].tokens == 5
 
 
 def test_others_use_counts_until_they_fall_silent() -> None:
@@ -145,6 +145,7 @@ def test_others_use_counts_until_they_fall_silent() -> None:
         assert admitted(limiter, limits, 5) == 1
         access.others = {}  # the turn of a minute, perhaps: one silence is not believed
         await limiter.sync(control)
+        assert limiter.usage()["acme"].requests == 9
         assert admitted(limiter, limits, 5) == 0
         await limiter.sync(control)
         assert admitted(limiter, limits, 5) == 3
@@ -257,6 +258,16 @@ def test_what_runs_is_charged_meanwhile_and_what_is_aborted_was_used() -> None:
         await asyncio.wait({asking})
         assert stage.use.running == 0 and stage.use.tokens >= 20
         assert stage.backend.num_aborted == 1
+
+    stage.run(work)
+
+
+def test_what_was_never_submitted_costs_no_tokens() -> None:
+    stage = Stage(FakeBackend(submit_error=BadRequest("no")))
+
+    async def work() -> None:
+        assert (await stage.complete(prompt="x" * 4000)).status_code == 400
+        assert stage.use == Usage(requests=1, tokens=0, running=0)
 
     stage.run(work)
 

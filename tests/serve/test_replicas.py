@@ -373,6 +373,38 @@ def test_going_down_frees_who_waits_for_a_first_token_only() -> None:
     run(scenario)
 
 
+def test_late_probes_of_one_that_sends_tokens_do_not_take_it_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas_module, "BUSY_S", 0.2)
+
+    async def main() -> None:
+        hangs, num_asked = False, 0
+
+        async def probe(replica: Replica) -> Facts:
+            nonlocal num_asked
+            num_asked += 1
+            if hangs:
+                await asyncio.Event().wait()
+            return Facts(model="base", max_model_len=None)
+
+        pool = Pool(urls(1), probe, timeouts=Timeouts(probe_s=0.01), probe_every_s=0.01)
+        loop = asyncio.get_running_loop()
+        await pool.start()
+        hangs = True
+        with pool.attempt("key") as attempt:
+            asked = num_asked
+            while num_asked < asked + 2 * DOWN_AFTER:
+                attempt.token(loop.time())
+                await asyncio.sleep(0.005)
+            assert pool.replicas[0].is_up
+            async with asyncio.timeout(5):
+                while pool.replicas[0].is_up:
+                    await asyncio.sleep(0.005)
+            assert loop.time() - pool.replicas[0].last_token > 0.2
+        await pool.aclose()
+
+    asyncio.run(main())
+
+
 def test_is_well_asks_now() -> None:
     async def scenario(pool: Pool, probes: Probes) -> None:
         assert await pool.is_well(pool.replicas[0])

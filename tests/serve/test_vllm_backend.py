@@ -141,7 +141,7 @@ def test_every_sampling_field_is_said() -> None:
         repetition_penalty=1.2,
         presence_penalty=0.1,
         frequency_penalty=-0.1,
-        stop=("a", "b"),
+        stop=("a", "bc"),
         ignore_eos=True,
         n=3,
         logprobs=0,
@@ -156,7 +156,7 @@ def test_every_sampling_field_is_said() -> None:
         "repetition_penalty": 1.2,
         "presence_penalty": 0.1,
         "frequency_penalty": -0.1,
-        "stop": ["a", "b"],
+        "stop": ["bc", "a"],
         "ignore_eos": True,
         "stop_token_ids": [],
         "n": 3,
@@ -278,6 +278,22 @@ def test_a_file_that_cannot_be_loaded_fails_at_load(tmp_path: Path) -> None:
         backend.check()
 
     run(scenario)
+
+
+def test_a_load_while_all_is_full_is_no_lack_of_room(tmp_path: Path) -> None:
+    """Overloaded would have every idle version unloaded."""
+    path = write_artefact(tmp_path, "triage")
+
+    async def scenario(backend: VLLMBackend, engines: Sequence[StubVLLM]) -> None:
+        engines[0].hangs = "middle"
+        stream = await backend.submit([Request(prompt="x")])
+        sha256 = await load(backend, path)
+        assert len(engines[0].bodies) == 1
+        engines[0].hangs = ""
+        await stream.aclose()
+        assert text((await answer(backend, Request(prompt="x", prefix=sha256)))[0]) == "w0 w1 w2 "
+
+    run(scenario, 1, {"max_inflight": 1})
 
 
 def test_what_cannot_be_served_is_refused_before_it_is_compiled(tmp_path: Path) -> None:

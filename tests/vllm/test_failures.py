@@ -159,7 +159,7 @@ def test_malformed_params_fail(llama, good):
 
 @pytest.mark.parametrize("params", ["x", ["a"], "", 0, []])
 def test_params_by_the_back_door_fail(llama, good, params):
-    """`vllm_xargs` reaches the same field with values that are no mapping: of some vLLM's own front end makes an end."""
+    """`vllm_xargs` reaches the same field with values that are no mapping; some end in vLLM's own front end."""
     data = body(Ask(None, ids(40, seed=76)), vllm_xargs={"kv_transfer_params": params})
     check_fails_alone(llama, good, [data], status=[500])
 

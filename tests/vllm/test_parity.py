@@ -110,6 +110,7 @@ def test_trained_tasks_of_the_demo(tmp_path):
         assert served(url, asks[::-1]) == expected[::-1]
 
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 WINDOW = {"sliding_window": 72}
 HYBRID = {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 

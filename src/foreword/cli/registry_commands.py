@@ -289,6 +289,7 @@ def delete(
 def gc(
     grace_s: Annotated[float, typer.Option("--grace-s", help="Leave files younger than this many seconds.")] = 3600,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, only count.")] = False,
+    who: Who = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -297,7 +298,7 @@ def gc(
     Example: foreword gc --dry-run
     """
     with open_registry(home) as registry:
-        freed = registry.gc(grace_s, dry_run=dry_run)
+        freed = registry.gc(grace_s, dry_run=dry_run, who=who)
     if as_json:
         print_json(freed.to_json() | {"dry_run": dry_run})
     else:

@@ -117,7 +117,8 @@ def serve(
 
     name = base_name or own_name(base)
     urls = [*(vllm or ()), *(replica or ())]
-    _refuse_without_effect(context, is_elsewhere=bool(urls), is_vllm=bool(vllm), is_remote=bool(replica))
+    compiles = bool(vllm) and vllm_mode == "plugin"
+    _refuse_without_effect(context, is_vllm=bool(vllm), is_remote=bool(replica), compiles=compiles)
 
     def tell(url: str) -> None:
         if as_json:
@@ -158,14 +159,17 @@ def serve(
         )
 
 
-def _refuse_without_effect(context: typer.Context, *, is_elsewhere: bool, is_vllm: bool, is_remote: bool) -> None:
+def _refuse_without_effect(context: typer.Context, *, is_vllm: bool, is_remote: bool, compiles: bool) -> None:
     """Raise ConfigError where an option is given that would change nothing."""
     if is_vllm and is_remote:
         raise ConfigError("--vllm and --replica are given", hint="Give one kind; each may be repeated.")
+    is_elsewhere = is_vllm or is_remote
     moot = [(name, "is for the engine in this process") for name in ENGINE_OPTIONS if is_elsewhere]
     moot += [(name, "is for engines elsewhere, --vllm or --replica") for name in REPLICA_OPTIONS if not is_elsewhere]
     if not is_vllm:
         moot.append(("vllm_mode", "is for --vllm"))
+    if is_elsewhere and not compiles:
+        moot.append(("dtype", "is for the engine in this process and the plug-in"))
     for name, why in moot:
         source = context.get_parameter_source(name)
         if source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):

@@ -143,7 +143,7 @@ class _Source:
             raise ServeError(f"no answer from {address}: {why}", hint=hint) from None
         if answer.status_code in (401, 403):
             what = "does not accept this key" if self._has_key else "needs a key"
-            hint = "Give an admin key with --key or in FOREWORD_KEY; `foreword key create` makes one."
+            hint = "Give an admin key with --key or in FOREWORD_KEY; `foreword key create --admin` makes one."
             raise ServeError(f"{address} {what} ({answer.status_code})", hint=hint)
         if answer.status_code != 200:
             hint = "Give the URL of `foreword serve`, without a path."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import cast
+from typing import Any, cast
 
-from sqlalchemy import or_, select
+from sqlalchemy import Row, or_, select
 from sqlalchemy.orm import Session
 
 from foreword.registry.access_records import Grant, Key, Limits, Right, Route, RouteKind, Snapshot, Tenant
@@ -18,9 +18,29 @@ ENDED_FOR = timedelta(days=1)
 def read_snapshot(session: Session, now: datetime) -> Snapshot:
     """Read all of it in one transaction."""
     since = now - ENDED_FOR
-    keys = select(*KeyRow.__table__.columns).where(
+    rows = select(  # columns, not entities: there may be ten thousand
+        KeyRow.id,
+        KeyRow.tenant,
+        KeyRow.name,
+        KeyRow.secret_sha256,
+        KeyRow.created,
+        KeyRow.expires,
+        KeyRow.revoked,
+    ).where(
         or_(KeyRow.revoked.is_(None), KeyRow.revoked > since), or_(KeyRow.expires.is_(None), KeyRow.expires > since)
     )
+    keys = {
+        id: Key(
+            id=id,
+            tenant=tenant,
+            name=name,
+            secret_sha256=secret_sha256,
+            created=created,
+            expires=expires,
+            revoked=revoked,
+        )
+        for id, tenant, name, secret_sha256, created, expires, revoked in session.execute(rows)
+    }
     grants: dict[str, list[Grant]] = {}
     for row in session.execute(select(GrantRow.tenant, GrantRow.task, GrantRow.right)):
         grant = Grant(tenant=row.tenant, task=row.task, right=cast(Right, row.right))
@@ -31,15 +51,15 @@ def read_snapshot(session: Session, now: datetime) -> Snapshot:
     return Snapshot(
         revision=session.execute(select(RegistryRow.revision)).scalar_one(),
         now=now,
-        tenants={row.name: tenant_from_row(row) for row in session.scalars(select(TenantRow))},
-        keys={row.id: Key(**row._mapping) for row in session.execute(keys)},
+        tenants={row.name: tenant_from_row(row) for row in session.execute(select(*TenantRow.__table__.columns))},
+        keys=keys,
         grants={tenant: tuple(held) for tenant, held in grants.items()},
         routes={task: tuple(both) for task, both in routes.items()},
         draining=frozenset(session.scalars(select(DrainingRow.url))),
     )
 
 
-def tenant_from_row(row: TenantRow) -> Tenant:
+def tenant_from_row(row: TenantRow | Row[Any]) -> Tenant:
     """Return the row as a record."""
     limits = Limits(
         requests_per_minute=row.requests_per_minute,

@@ -15,6 +15,8 @@ DONE = b"data: [DONE]\n\n"
 LEAST_LOGPROB = -9999.0
 """OpenAI's number for "as good as never"; JSON has no minus infinity."""
 
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
 TokenBytes = Callable[[int], bytes]
 
 
@@ -163,7 +165,7 @@ class Answer:
 
 def event_bytes(data: Mapping[str, Any]) -> bytes:
     """Return a server-sent event. ASCII only, since some readers break lines at Unicode's separators too."""
-    return b"data: " + json.dumps(data, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(data).encode() + b"\n\n"
 
 
 def token_text(data: bytes) -> str:

@@ -56,7 +56,7 @@ def authenticate(snapshot: Snapshot, now: datetime, authorization: str | None) -
     is_right = hmac.compare_digest(digest, key.secret_sha256 if key is not None else _NOBODYS_DIGEST)
     if is_missing:
         raise Unauthorized("missing")
-    if key is None:
+    if key is None or not is_right or len(text) > MAX_KEY_LENGTH:
         raise Unauthorized("unknown" if key is None else "wrong")
     if reason := ended(snapshot, key.id, now):
         raise Unauthorized(reason)

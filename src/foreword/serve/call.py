@@ -187,6 +187,8 @@ class Call:
         finally:
             self.gateway.calls.discard(self)
             if self.slot is not None:
+                if self.stream is None:  # nothing was done for it
+                    self.slot.settle(0, 0)
                 self.settle()
                 self.slot.release()
             if self.lease is not None:

@@ -18,6 +18,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from foreword.errors import Unavailable
 from foreword.registry.access_records import ShadowPair, Snapshot, Usage
+from foreword.serve.logs import places
 
 POLL_S = 0.3
 REFRESH_S = 30.0
@@ -141,7 +142,7 @@ class Control:
         old, self.snapshot = self.snapshot, new
         if new.revision != old.revision:
             for listener in self._on_change:
-                listener(old, new)
+                _tell(listener, old, new)
 
     async def keep_fresh(self) -> None:
         """Refresh for ever; a failure is logged when it begins, when it goes on for `stale_s`, and when it ends."""
@@ -158,11 +159,19 @@ class Control:
                 if not was_fresh:
                     log.error("keys are refused: the registry has not answered for %g s", self.stale_s)
             for listener in self._on_tick:
-                listener()
+                _tell(listener)
 
     def close(self) -> None:
         """Ask nothing more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _tell(listener: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call a listener; whatever becomes of it, the next revocation is looked for."""
+    try:
+        listener(*args, **kwargs)
+    except Exception as error:
+        log.error("a listener failed: %s at %s", type(error).__name__, places(error))
 
 
 class FailureLog:

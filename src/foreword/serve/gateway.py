@@ -9,6 +9,7 @@ a stream) lives in one `Call`, which gives everything back however the request e
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from foreword.errors import ForewordError, NotFound, ServeError
+from foreword.registry.records import is_name
 from foreword.registry.store import Registry
 from foreword.serve.admin_api import add_admin
 from foreword.serve.auth import Guard, Principal
@@ -49,6 +51,8 @@ NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": Fal
 """FastAPI's own would send bodies and the texts of errors to wherever the environment says."""
 MAX_PENDING_BODIES = 64
 """Bodies of the largest size that may be read at once."""
+
+log = logging.getLogger("foreword.serve")
 
 
 class Gateway:
@@ -202,6 +206,8 @@ def create_app(
                 tasks.append(asyncio.create_task(control.keep_fresh()))
             if require_keys:
                 tasks.append(asyncio.create_task(gateway.limiter.keep_synced(control)))
+                if not is_name(base_name):
+                    log.warning("no grant can name the base %s: only tenants with * may call it", base_name)
             await names.resolve(base_name)  # raises Conflict where a task has this name
             for name in preload:
                 if (version := (await names.resolve(name)).version) is not None:

@@ -29,7 +29,8 @@ from foreword.errors import (
 )
 from foreword.serve.backend import ANYONE, BackendStats, Caller
 from foreword.serve.base_info import BaseInfo
-from foreword.serve.http_stream import HttpClient, HttpStream, Post
+from foreword.serve.http_events import Post
+from foreword.serve.http_stream import HttpClient, HttpStream
 from foreword.serve.replicas import Facts, Pool, Replica, ReplicaState, Timeouts
 from foreword.serve.token_bytes import token_bytes
 
@@ -236,9 +237,9 @@ def headers_for(caller: Caller) -> dict[str, str]:
     return headers
 
 
-def key_for(task: Loaded | None, caller: Caller) -> str:
-    """Return what a request's replica is chosen by: its version, or for the plain base chance."""
-    return task.sha256 if task else caller.request_id or secrets.token_hex(8)
+def key_for(task: Loaded | None) -> str:
+    """Return what a request's replica is chosen by: its version; for the plain base chance, which no client steers."""
+    return task.sha256 if task else secrets.token_hex(8)
 
 
 def drops_space(tokenizer: Any) -> bool:

@@ -1,7 +1,6 @@
-"""From an engine's server-sent events to chunks: requests to replicas, tried again until the first token has come.
+"""Requests to replicas, tried again until the first token has come, and the chunks of their answers as one stream.
 
-Each HTTP request has one task, which reads, parses and queues; there is none per chunk. vLLM's completions, and
-foreword's completions and chats, are read by the same function. Imports no torch.
+Each HTTP request has one task, which reads, parses and queues; there is none per chunk. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,59 +9,30 @@ import asyncio
 import io
 import json
 import random
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
 
-from foreword.engine.request import Chunk, FinishReason, TokenLogprob
+from foreword.engine.request import Chunk
 from foreword.errors import BackendFailed, ForewordError, Overloaded
 from foreword.serve.backend import Timings
+from foreword.serve.http_events import Post, Reader, json_or_none, not_understood
 from foreword.serve.replicas import Attempt, Busy, Facts, Lost, Pool, Replica
 
 MAX_TRIES = 3
 """Replicas that one request is sent to at most."""
-MAX_EVENT_BYTES = 64 * 2**20
 LARGE_BYTES = 2**20
 END_S = 5.0
 """How long the end of a message may take after the answer is whole."""
 KEEP_ALIVE_S = 4.0
 """Below the idle time after which vLLM's server closes a connection itself."""
-LEAST_LOGPROB = -9999.0
-"""What engines write for minus infinity."""
-FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 STATUSES = {"invalid_request_error": 400, "rate_limit_error": 429, "overloaded_error": 503}
 """What foreword's own types of error stand for, in the middle of a stream."""
 
 Explain = Callable[[int, Mapping[str, Any]], ForewordError]
 """From an engine's refusal (HTTP status, its error object) to the error for the client."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Post:
-    """One HTTP request of a stream: a prompt, for `n` answers."""
-
-    path: str
-    body: bytes
-    """A JSON object without `model`."""
-    key: str
-    """What the replica is chosen by."""
-    model: str | None = None
-    """None is the name under which the replica serves the base."""
-    headers: Mapping[str, str] = field(default_factory=dict)
-    first: int = 0
-    """Index of its first answer in the stream."""
-    n: int = 1
-    num_prompt_tokens: int | None = None
-    """None where only the engine knows."""
-    stop_ids: frozenset[int] = frozenset()
-    """An answer's last token is not part of it where it is one of these."""
-    num_logprobs: int | None = None
-    drops_space: bool = False
-    """Whether an answer's first space is the engine's, not the base's own decoding's."""
 
 
 class HttpClient:
@@ -149,21 +119,28 @@ class HttpStream:
         self._num_open = len(posts)
         self._chunks: deque[Chunk] = deque()
         self._error: Exception | None = None
+        self._begun: asyncio.Future[None] | None = None
         self._news: asyncio.Future[None] | None = None
-        self._tasks: dict[asyncio.Task[None], Post] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Send everything, and wait until the engine has taken it. Raises what one post meets; none runs then."""
-        heads = []
+        """Send everything, and wait until the engine has taken it and the first token has come.
+
+        Raises what a request meets before; none runs then. So whoever asks gets a status, not a stream that ends.
+        """
+        heads, self._begun = [], asyncio.get_running_loop().create_future()
         for post in self._posts:
             head = asyncio.get_running_loop().create_future()
             head.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._tasks[asyncio.create_task(self._carry_out(post, head))] = post
+            self._tasks.add(asyncio.create_task(self._carry_out(post, head)))
             heads.append(head)
         try:
             done, _ = await asyncio.wait(heads, return_when=asyncio.FIRST_EXCEPTION)
             for head in done:
                 head.result()
+            await self._begun
+            if self._error is not None and not self._chunks:
+                raise self._error
         except BaseException:
             await self.aclose()
             raise
@@ -190,8 +167,9 @@ class HttpStream:
             await asyncio.wait(running)
 
     def _wake(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+        for waiter in (self._begun, self._news):
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
 
     async def _carry_out(self, post: Post, head: asyncio.Future[None]) -> None:
         task = asyncio.current_task()
@@ -205,7 +183,7 @@ class HttpStream:
                 head.set_exception(error)
         finally:
             head.cancel()
-            self._tasks.pop(task, None)
+            self._tasks.discard(task)
             self._wake()
 
     async def _try_replicas(self, post: Post, head: asyncio.Future[None]) -> None:
@@ -228,7 +206,7 @@ class HttpStream:
         raise BackendFailed(f"{len(tried)} engines were lost before the first token came", hint="Ask again.")
 
     async def _send(self, attempt: Attempt, post: Post, head: asyncio.Future[None]) -> None:
-        reader = _Reader(post, self.timings)
+        reader = Reader(post, self.timings)
         try:
             async with self._client.post(attempt.replica, post) as response:
                 if response.status != 200:
@@ -243,20 +221,22 @@ class HttpStream:
                         self._take(event, reader, attempt)
                     if reader.is_done:
                         self._end(attempt)
-                    self._wake()
+                    if self._chunks or reader.is_done:
+                        self._wake()
         except (aiohttp.ClientError, OSError) as error:
             if not reader.is_done:
                 raise Lost(type(error).__name__) from None
         if not reader.is_done:
             raise Lost("the answer has no end")
 
-    def _take(self, event: Mapping[str, Any], reader: _Reader, attempt: Attempt) -> None:
+    def _take(self, event: Mapping[str, Any], reader: Reader, attempt: Attempt) -> None:
         try:
             chunks = reader.chunks(event)
             self._note_usage(event.get("usage"), reader.post)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise _not_understood() from error
+            raise not_understood() from error
         if chunks:
+            reader.post.body = b""
             attempt.token(reader.now)
             self._chunks.extend(chunks)
 
@@ -270,7 +250,8 @@ class HttpStream:
 
     def _end(self, attempt: Attempt) -> None:
         """Note that a request's answers are whole; its task ends by itself, so that the connection is used again."""
-        if self._tasks.pop(attempt.task, None) is not None:
+        if attempt.task in self._tasks:
+            self._tasks.discard(attempt.task)
             self._num_open -= 1
             attempt.end_within(END_S)
 
@@ -295,105 +276,3 @@ class HttpStream:
         if status >= 500 and not await self._pool.is_well(attempt.replica):
             raise Lost(f"it says {status}, and is not well")
         raise self._explain(status, told)
-
-
-class _Reader:
-    """Parses the events of one post."""
-
-    def __init__(self, post: Post, timings: Timings) -> None:
-        self.post = post
-        self.now = 0.0
-        self.is_done = False
-        self._timings = timings
-        self._rest = b""
-        self._open = set(range(post.n))
-        self._at_start = set(range(post.n)) if post.drops_space else set()
-
-    def events(self, data: bytes) -> Iterator[Mapping[str, Any]]:
-        """Yield the JSON objects that `data` completes. Raises BackendFailed where it holds something else."""
-        self.now = time.monotonic()
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise _not_understood()
-        for line in lines:
-            if not line.startswith(b"data:"):
-                continue
-            if line[5:].strip() == b"[DONE]":
-                self.is_done = not self._open
-                continue
-            event = json_or_none(line[5:])
-            if not isinstance(event, dict):
-                raise _not_understood()
-            yield event
-
-    def chunks(self, event: Mapping[str, Any]) -> list[Chunk]:
-        """Return the chunks of an event. Raises KeyError and its like where it is none of a completion's."""
-        found = []
-        for choice in event.get("choices", ()):
-            chunk = self._chunk(choice)
-            if chunk.text or chunk.token_ids or chunk.finish_reason:
-                self._timings.add(chunk, self.now)
-                found.append(chunk)
-        return found
-
-    def _chunk(self, choice: Mapping[str, Any]) -> Chunk:
-        post, index = self.post, choice["index"]
-        text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-        ids = choice.get("token_ids") or ()
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if post.num_logprobs is not None and choice.get("logprobs"):
-            logprobs = _logprobs(choice["logprobs"], post.num_logprobs)
-        finish = choice.get("finish_reason")
-        if finish is not None:
-            finish = FINISHED.get(finish)
-            if finish is None:
-                raise BackendFailed("the engine ended the request before its answer was whole", hint="Try again.")
-            self._open.remove(index)
-            is_text_stop = isinstance(choice.get("stop_reason"), str)
-            if finish == "stop" and ids and ids[-1] in post.stop_ids and not is_text_stop:
-                ids, logprobs = ids[:-1], logprobs[: len(ids) - 1]
-        if index in self._at_start and text:
-            self._at_start.discard(index)
-            text = text.removeprefix(" ")
-        return Chunk(index=post.first + index, text=text, token_ids=tuple(ids), logprobs=logprobs, finish_reason=finish)
-
-
-def _logprobs(told: Mapping[str, Any], count: int) -> tuple[TokenLogprob, ...]:
-    """Return log-probabilities from a completion's or a chat's object, whose tokens are named `token_id:7`."""
-    if "content" in told:
-        return tuple(
-            _logprob(
-                _token_id(entry["token"]),
-                entry["logprob"],
-                {best["token"]: best["logprob"] for best in entry["top_logprobs"]},
-                count,
-            )
-            for entry in told["content"] or ()
-        )
-    triples = zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True)
-    return tuple(_logprob(_token_id(token), value, top or {}, count) for token, value, top in triples)
-
-
-def _logprob(token: int, value: float, told: Mapping[str, float], count: int) -> TokenLogprob:
-    """Return one; of the `count` best tokens and the chosen one, which vLLM tells together, the best."""
-    best = sorted(((other, _token_id(name)) for name, other in told.items()), key=lambda pair: -pair[0])
-    top = {name: other for other, name in best[:count] if other > LEAST_LOGPROB}
-    return TokenLogprob(token_id=token, logprob=value, top=top)
-
-
-def _token_id(name: str) -> int:
-    return int(name.removeprefix("token_id:"))
-
-
-def json_or_none(data: bytes) -> Any:
-    """Return what `data` holds as JSON, None where it is none."""
-    try:
-        return json.loads(data)
-    except ValueError:
-        return None
-
-
-def _not_understood() -> BackendFailed:
-    return BackendFailed(
-        "the engine's answer is not understood", hint="Is the replica's URL that of a vLLM or foreword server?"
-    )

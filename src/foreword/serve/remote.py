@@ -15,11 +15,12 @@ import aiohttp
 
 from foreword.engine.render import Prepared
 from foreword.engine.request import Request
-from foreword.errors import ArtefactCorrupt, BackendFailed, BadRequest, ForewordError, IncompatibleModel
+from foreword.errors import ArtefactCorrupt, BackendFailed, BadRequest, ForewordError, IncompatibleModel, Overloaded
 from foreword.serve.backend import Caller
 from foreword.serve.base_info import check_fingerprint
 from foreword.serve.http_backend import HttpBackend, Loaded, headers_for, key_for
-from foreword.serve.http_stream import MAX_TRIES, Post
+from foreword.serve.http_events import Post
+from foreword.serve.http_stream import MAX_TRIES
 from foreword.serve.replicas import Lost, Replica
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -42,7 +43,10 @@ class RemoteBackend(HttpBackend):
         await self.start()
         header = await self.read(path, sha256)
         check_fingerprint(self.base, header)
-        status = await self._ask(sha256, f"/v1/models/{REFERENCE}{sha256}")
+        try:
+            status = await self._ask(sha256, f"/v1/models/{REFERENCE}{sha256}")
+        except Overloaded:  # they are full; the requests will tell
+            status = 200
         if status != 200:
             raise BackendFailed(
                 f"the engine's server does not know this version ({status})",
@@ -79,7 +83,7 @@ class RemoteBackend(HttpBackend):
                 Post(
                     path=path,
                     body=json.dumps(body, separators=(",", ":")).encode(),
-                    key=key_for(task, caller),
+                    key=key_for(task),
                     model=f"{REFERENCE}{task.sha256}" if task else None,
                     headers=headers_for(caller),
                     first=first,

@@ -26,6 +26,8 @@ from foreword.serve.breaker import Breaker, BreakerState
 FIRST_TOKEN_S = 120.0
 DOWN_AFTER = 2
 """Failed probes in a row after which a replica counts as down."""
+BUSY_S = 5.0
+"""A probe that takes too long counts for nothing when a token came so recently: under load servers answer late."""
 FREE_LOAD = 8
 """Requests in flight below which a replica is never passed over for another one."""
 WATCH_S = 0.25
@@ -103,6 +105,8 @@ class Replica:
         self.failures = 0
         self.retries = 0
         self.num_failed_probes = 0
+        self.last_token = -BUSY_S
+        """When one came last, by `time.monotonic()`."""
 
     def rank(self, key: str) -> bytes:
         """Return what the replicas are ordered by for a key, the greatest first (rendezvous hashing)."""
@@ -144,6 +148,7 @@ class Attempt:
     def token(self, now: float) -> None:
         """Note that tokens have come."""
         self.deadline = now + self.pool.timeouts.token_s
+        self.replica.last_token = now
         if not self.has_token:
             self.has_token = True
             self.replica.breaker.succeed()
@@ -331,7 +336,9 @@ class Pool:
                 async with asyncio.timeout(self.timeouts.probe_s if replica.is_up else self.timeouts.head_s):
                     facts = await self._probe(replica)
             except Exception as error:
-                self._note_failed_probe(replica, str(error) or type(error).__name__)
+                is_slow = isinstance(error, TimeoutError)
+                if not (is_slow and time.monotonic() - replica.last_token <= BUSY_S):  # slow, but it works
+                    self._note_failed_probe(replica, str(error) or type(error).__name__)
             else:
                 if not replica.is_up:
                     log.info("replica %s is up", replica.url)

@@ -21,6 +21,8 @@ from foreword.serve.vllm_backend import VLLMBackend
 Mode = Literal["plugin", "embeddings", "remote"]
 """vLLM with the plug-in, vLLM that takes embeddings, other foreword servers."""
 KEY_VARIABLE = "FOREWORD_REPLICA_KEY"
+MAX_KNOWN = 100_000
+"""Versions that are known to be good on their replicas: a few hundred bytes each here, and nothing there."""
 
 
 def serve_replicas(
@@ -57,4 +59,5 @@ def serve_replicas(
         kind = EmbeddingsBackend if mode == "embeddings" else RemoteBackend
         return kind(info, tokenizer, urls, **given)
 
+    options = {"max_resident_versions": MAX_KNOWN} | options
     serve_backend(make, base_name=base_name or own_name(base), **options)

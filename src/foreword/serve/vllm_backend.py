@@ -9,6 +9,7 @@ constraints; `choices` are spelled by any tokens that give the text. Imports no 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import aiohttp
 
 from foreword.engine.render import Prepared
 from foreword.engine.request import Request
-from foreword.errors import ArtefactCorrupt, BackendFailed, BadRequest, ForewordError
+from foreword.errors import ArtefactCorrupt, BackendFailed, BadRequest, ForewordError, Overloaded
 from foreword.serve.backend import ANYONE, Caller
 from foreword.serve.base_info import BaseInfo, check_served
 from foreword.serve.compiled_source import CompiledSource
 from foreword.serve.http_backend import HttpBackend, Loaded, drops_space, headers_for, key_for
-from foreword.serve.http_stream import HttpStream, Post
+from foreword.serve.http_events import Post
+from foreword.serve.http_stream import HttpStream
 from foreword.serve.replicas import Facts, Lost, Replica
 from foreword.serve.wire import Wanted, cache_salt, scope_of
 
@@ -33,6 +35,8 @@ NOTHING = Wanted("0" * 64, 1, scope_of(""))
 """A version that there is not."""
 REFUSABLE = ("logprobs", "temperature", "top_p", "top_k", "stop", "n", "seed", "structured_outputs", "prompt_embeds")
 """Fields that a client sent too and may be told of when vLLM refuses them."""
+
+log = logging.getLogger("foreword.serve")
 
 
 class CompletionsBackend(HttpBackend):
@@ -55,7 +59,10 @@ class CompletionsBackend(HttpBackend):
         return found
 
     async def prove(self, task: Loaded) -> None:
-        """Ask for one token behind a version, where its requests will go. Raises BackendFailed where there is none."""
+        """Ask for one token behind a version, where its requests will go. Raises BackendFailed where there is none.
+
+        Where all replicas are full nothing is proved: a version that cannot be loaded fails its requests anyway.
+        """
         request = Request(prompt_ids=[self.placeholder], ignore_eos=True)
         post = await self._post(request, task, Prepared([self.placeholder], (), 1, None), ANYONE, 0)
         stream = HttpStream(self.client, self.pool, [post], self.explain)
@@ -63,6 +70,8 @@ class CompletionsBackend(HttpBackend):
             await stream.start()
             async for _ in stream:
                 pass
+        except Overloaded:
+            log.warning("all replicas are full: %s is used without a proof that they can load it", task.sha256[:12])
         finally:
             await stream.aclose()
 
@@ -78,7 +87,7 @@ class CompletionsBackend(HttpBackend):
         return Post(
             path=COMPLETIONS,
             body=json.dumps(body, separators=(",", ":")).encode(),
-            key=key_for(task, caller),
+            key=key_for(task),
             headers=headers_for(caller),
             first=first,
             n=request.n,
@@ -187,7 +196,7 @@ def sampling_fields(request: Request, prepared: Prepared, stop_ids: Collection[i
         "return_token_ids": True,
     }
     if request.stop:
-        fields["stop"] = list(request.stop)
+        fields["stop"] = sorted(request.stop, key=len, reverse=True)  # of two that end together the first is cut off
     if request.seed is not None:
         fields["seed"] = request.seed & (2**63 - 1)  # vLLM takes -1 for no seed
     if request.logprobs is not None:

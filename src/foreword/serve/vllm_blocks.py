@@ -76,7 +76,11 @@ class Settings:
                 raise ConfigError(
                     f"`base` is no fingerprint: {error}", hint="Take it from `foreword vllm-args`."
                 ) from error
-        values["cache"] = Path(values["cache"]).expanduser() if "cache" in values else home_folder() / "cache"
+        if "cache" not in values:
+            values["cache"] = str(home_folder() / "cache")
+        if not isinstance(values["cache"], str):
+            raise ConfigError(f"`cache` is {values['cache']!r}, not a folder")
+        values["cache"] = Path(values["cache"]).expanduser()
         for name, kinds in (("host_bytes", int), ("idle_s", (int, float)), ("fetch_timeout_s", (int, float))):
             value = values.get(name, 1)
             if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
@@ -165,6 +169,10 @@ class Write:
     block_ids: tuple[int, ...]
     """The request's pages from position 0 on; NO_BLOCK for one that it no longer holds (out of a sliding window)."""
 
+    def pages(self, block_size: int) -> set[int]:
+        """Return the pages that are written: those before `start` are others' too."""
+        return set(self.block_ids[self.start // block_size :]) - {NO_BLOCK}
+
 
 NO_BLOCK = -1
 
@@ -227,12 +235,10 @@ class HostCache:
         self._load = load
         self._rows: dict[str, Tensor] = {}
         self._wanted: dict[str, Load] = {}
-        self._background: Background[Load, Tensor] = Background(1, "foreword-load")
+        self._background: Background[Load, Tensor] = Background(4, "foreword-load")
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the loaded versions."""
-        return sum(rows.nbytes for rows in self._rows.values())
+    def __contains__(self, sha256: str) -> bool:
+        return sha256 in self._rows
 
     def order(self, loads: Iterable[Load], drops: Iterable[str]) -> None:
         """Drop and start to load versions."""
@@ -256,17 +262,16 @@ class HostCache:
                 loaded.append(load)
         return loaded, failed
 
-    def gather(self, writes: Sequence[Write], block_size: int) -> tuple[Tensor, Tensor]:
+    def gather(self, writes: Iterable[Write], block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the rows [n, W] of several writes and their slots [n]. Raises KeyError for a version not held."""
         rows, places = [], []
         for write in writes:
-            positions, slots_of_rows = slots(write, block_size)
+            positions, its_slots = slots(write, block_size)
             held = self._rows[write.sha256]
-            rows.append(
-                held[write.start : write.stop] if len(positions) == write.stop - write.start else held[positions]
-            )
-            places.append(slots_of_rows)
-        return torch.cat(rows), torch.cat(places)
+            own = held[write.start : write.stop] if len(positions) == write.stop - write.start else held[positions]
+            rows.append(own.to(device, non_blocking=True))  # at once where the rows are pinned
+            places.append(its_slots)
+        return torch.cat(rows), torch.cat(places).to(device)
 
 
 def describe(error: Exception) -> str:

@@ -31,9 +31,10 @@ def check_engine(config: VllmConfig) -> None:
         )
     if transfer.kv_role == "kv_producer":
         raise ConfigError("kv_role is 'kv_producer', the plug-in only loads", hint='Use "kv_consumer".')
-    if config.speculative_config is not None:
+    if config.speculative_config is not None and config.speculative_config.method != "ngram":
         raise ConfigError(
-            "speculative decoding is on: the drafter would read placeholders", hint="Leave out --speculative-config."
+            f"speculative decoding by {config.speculative_config.method}: its own layers would read placeholders",
+            hint='Leave out --speculative-config, or use "ngram", which has no layers.',
         )
     if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         raise ConfigError(

@@ -22,6 +22,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 import vllm
@@ -191,8 +192,9 @@ class ForewordConnector(KVConnectorBase_V1):
         if isinstance(report, Report):
             self._versions.report(report.loaded, report.failed)
         if connector_output.invalid_block_ids and self._kv_cache_manager is not None:
-            # vLLM has failed the requests that hold these pages and run. One that was aborted or preempted since left
+            # vLLM has failed the running requests with these pages. One that was aborted or preempted since has left
             # them, and pages computed on them, in the prefix cache.
+            self._versions.drop_all()
             self._kv_cache_manager.evict_blocks(set(range(self._kv_cache_config.num_blocks)))
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -262,12 +264,17 @@ class ForewordConnector(KVConnectorBase_V1):
         orders = self._connector_metadata
         if not isinstance(orders, Orders):
             return
-        if orders.writes:
-            try:
-                self._write(orders.writes)
-            except Exception:
-                logger.exception("foreword: cannot write %d prefixes", len(orders.writes))
-                self._errors.update(page for write in orders.writes for page in write.block_ids if page != NO_BLOCK)
+        held = [write for write in orders.writes if write.sha256 in self._host]
+        failed = [write for write in orders.writes if write.sha256 not in self._host]
+        try:
+            if held:
+                self._write(held)
+        except Exception:
+            logger.exception("foreword: cannot write %d prefixes", len(held))
+            failed = orders.writes
+        for write in failed:
+            logger.error("foreword: %s was not written", write.sha256[:12])
+            self._errors.update(write.pages(self._block_size))
         self._host.order(orders.loads, orders.drops)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -308,18 +315,17 @@ class ForewordConnector(KVConnectorBase_V1):
         check_fits(header, shares, num_layers=model.get_total_num_hidden_layers(), size=size)
         rows = pack(tensors, shares, model.dtype, rank=self._rank, size=size)
         if self._device.type == "cuda":
-            rows = rows.pin_memory()
+            with torch.cuda.device(self._device):  # this thread's own would be the first one
+                rows = rows.pin_memory()
         seconds = time.perf_counter() - started
         logger.info(
-            "foreword: loaded %s of task %s: %d positions, %d bytes, %s, %.1f ms",
-            *(sha256[:12], header.task, header.num_positions, rows.nbytes, header.dtype, seconds * 1e3),
+            "foreword: loaded %s of task %s: %d positions, %d bytes, %s from %s, %.1f ms",
+            *(sha256[:12], header.task, header.num_positions, rows.nbytes, rows.dtype, header.dtype, seconds * 1e3),
         )
         return rows
 
     def _write(self, writes: list[Write]) -> None:
-        rows, slots = self._host.gather(writes, self._block_size)
-        rows, slots = (tensor.to(self._device, non_blocking=True) for tensor in (rows, slots))
-        for (_, layer), (key, value) in zip(
-            self._layers, unpack(rows, [share for share, _ in self._layers]), strict=True
-        ):
+        rows, slots = self._host.gather(writes, self._block_size, self._device)
+        shares = [share for share, _ in self._layers]
+        for (_, layer), (key, value) in zip(self._layers, unpack(rows, shares), strict=True):
             layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)

@@ -159,6 +159,11 @@ class Versions:
                     del self._busy[load.sha256]
                     self._figures.setdefault("load_seconds", []).append(self._clock() - version.since)
 
+    def drop_all(self) -> None:
+        """Drop every resident version; those that are named again are loaded again."""
+        for sha256 in [sha256 for sha256, version in self._versions.items() if version.state is State.RESIDENT]:
+            self._drop(sha256, "workers failed to write")
+
     @property
     def pending(self) -> bool:
         """Whether something is being fetched or loaded."""
