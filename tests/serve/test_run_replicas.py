@@ -81,7 +81,7 @@ def test_what_a_mode_leads_to(
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     serve_replicas(str(BASE), ["http://a/", "http://b"], mode, max_inflight=7, first_token_s=9.0, port=5)
     backend, options = made
-    assert type(backend) is kind and options == {"base_name": "base-3m", "port": 5}
+    assert type(backend) is kind and (options["base_name"], options["port"]) == ("base-3m", 5)
     assert backend.client._headers["authorization"] == "Bearer secret"
     assert (backend.pool.max_inflight, backend.pool.timeouts.first_token_s) == (7, 9.0)
     assert [state.is_draining for state in backend.states()] == [False, True]

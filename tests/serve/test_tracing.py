@@ -188,12 +188,17 @@ def test_spans_go_to_the_collector_that_the_environment_names(
 
 def test_a_dead_collector_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch, dead_port: int) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{dead_port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
+    before = set(threading.enumerate())
     tracing = from_environment()
     assert tracing is not None
     tracing.begin({}, "/v1/completions").end(200)
     started = time.monotonic()
     tracing.close(0.1)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 1
+    for thread in set(threading.enumerate()) - before:  # its last words must not come after the test's own end
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @pytest.fixture
