@@ -34,8 +34,13 @@ TOKENS = 16
 @contextlib.contextmanager
 def process(*command: str, core: int, ready: str = "", **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """Run a command on one core until the block ends; yields it and the first line of its output that has `ready`."""
+    log = tempfile.TemporaryFile()
     running = subprocess.Popen(
-        ["taskset", "-c", str(core), *command], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        ["taskset", "-c", str(core), *command],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env={**os.environ, **environment},
     )
     assert running.stdout is not None
     try:

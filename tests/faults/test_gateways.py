@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from foreword.core.compiled import load_compiled
 from foreword.registry.access_records import Limits
 from foreword.registry.usage import SILENT
 from tests.faults.client import Answer, Asker, together
@@ -122,6 +123,7 @@ def test_limits_hold_on_both_together(room: Room) -> None:
     assert int(refused.headers["retry-after"]) <= 60
 
 
+@pytest.mark.parametrize("room", BOTH[1:], indirect=True)
 def test_a_killed_gateways_use_counts_no_more(room: Room) -> None:
     """Proves the time limit of usage rows: who is killed gives nothing back, and yet its requests stop counting."""
     key = room.tenant("holder", concurrent=4)
@@ -149,6 +151,7 @@ def test_a_killed_gateways_use_counts_no_more(room: Room) -> None:
     assert took > 1
 
 
+@pytest.mark.parametrize("room", ["sqlite"], indirect=True)
 def test_a_version_deleted_under_traffic(room: Room) -> None:
     """Proves that a lease outlives its version's row and blob: open answers end whole, later ones are 404."""
     version = room.stage.publish("doomed")
@@ -175,6 +178,29 @@ def test_a_version_deleted_under_traffic(room: Room) -> None:
     assert [answer.status for answer in late] == [404, 404, 404, 200]
 
 
+@pytest.mark.parametrize("room", ["sqlite"], indirect=True)
+def test_a_gateway_killed_while_it_has_a_version_compiled(room: Room) -> None:
+    """Proves that a compiled file is named when it is whole: nothing half done is served, another gateway does it."""
+    version = room.stage.publish("fresh", compiled=False)
+    key = room.tenant("early", "fresh")
+    third = room.gateway()
+
+    async def kill(asker: Asker) -> Answer:
+        _, task = asker.begin(model="fresh")
+        await asyncio.sleep(0.5)
+        third.kill()
+        return await task
+
+    before = len(room.engine.seen)
+    assert together(third, key, kill).broken
+    assert room.stage.registry.compiled(version.sha256, "float32") is None and len(room.engine.seen) == before
+    answer = ask(room.one, key, model="fresh", max_tokens=3)
+    blob = room.stage.registry.compiled(version.sha256, "float32")
+    assert blob is not None and (answer.status, answer.text) == (200, words(3, blob.sha256))
+    header, _ = load_compiled(room.stage.registry.blobs.fetch(blob.sha256), sha256=blob.sha256)
+    assert header.source == version.sha256
+
+
 class Balancer:
     """A load balancer as there are many: asks each gateway's /ready, and sends to one that says yes."""
 
@@ -197,6 +223,7 @@ class Balancer:
                 await asyncio.sleep(0.1)
 
 
+@pytest.mark.parametrize("room", ["sqlite"], indirect=True)
 def test_a_gateway_told_to_end_loses_nothing(room: Room) -> None:
     """Proves the drain: /ready says no first, then the port closes, every open answer ends whole, the status is 0."""
     key = room.tenant("steady")

@@ -79,6 +79,17 @@ def test_wrong_settings_are_named(extra, named):
         Settings.from_extra({"cache": "/c", **extra})
 
 
+def test_the_store_is_read_where_it_is_and_must_be_there(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs").chmod(0o500)
+    store = blocks.open_store(Settings.from_extra({"blobs": str(tmp_path / "blobs"), "cache": "/c"}))
+    assert not store.has(SHA)
+    with pytest.raises(ConfigError, match="no-such"):
+        blocks.open_store(Settings.from_extra({"blobs": str(tmp_path / "no-such"), "cache": "/c"}))
+    remote = blocks.open_store(Settings.from_extra({"blobs": "memory://x", "cache": str(tmp_path)}))
+    assert not remote.has(SHA)
+
+
 @pytest.mark.parametrize("total, size", [(8, 1), (8, 2), (8, 8), (2, 4), (1, 8), (4, 4)])
 def test_heads_are_spread_evenly_and_repeated_where_they_are_few(total, size):
     shares = [list(blocks.own_heads(total, rank, size)) for rank in range(size)]

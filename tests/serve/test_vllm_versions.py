@@ -75,10 +75,10 @@ def test_a_version_is_fetched_once_loaded_once_and_then_ready():
     engine = Engine()
     gate = engine.gates["a"] = threading.Event()
     assert [engine.ask("a", request) for request in "rst"] == [WAIT] * 3
-    assert engine.step() == ([], []) and engine.versions.pending
+    assert engine.step() == ([], []) and engine.versions.fetching
     gate.set()
     engine.settle()
-    assert engine.step() == (["a"], []) and not engine.versions.pending
+    assert engine.step() == (["a"], []) and not engine.versions.fetching
     assert [engine.ask("a", request) for request in "rstu"] == [READY] * 4
     assert engine.fetched == ["a"]
     assert engine.versions.take_figures() == {"load_seconds": [0.0], "resident": 1, "host_bytes": 100}
@@ -237,11 +237,11 @@ def test_idle_versions_are_dropped():
     assert engine.step() == ([], ["a"]) and engine.held == {"b"}
 
 
-def test_all_are_dropped_when_workers_fail_to_write():
+def test_all_can_be_dropped_and_come_again():
     engine = Engine()
     engine.bring("a")
     engine.bring("b")
-    engine.versions.drop_all()
+    engine.versions.drop_all("told")
     assert engine.step() == ([], ["a", "b"]) and engine.versions.host_bytes == 0
     engine.bring("a")
 

@@ -115,21 +115,17 @@ WINDOW = {"sliding_window": 72}
 HYBRID = {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
-@pytest.mark.parametrize(
-    "name, changes, options",
-    [
-        ("qwen3", {}, {"args": ["-tp", "2"]}),
-        # vLLM's CPU workers make the buffers between stages in the warm-up that --enforce-eager leaves out.
-        ("qwen3", {}, {"args": ["-pp", "2", "-cc", '{"mode":1,"backend":"eager"}'], "eager": False}),
-        (
-            "gemma3",
-            {"sliding_window": 72, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-            {},
-        ),
-        ("mistral-window", {"sliding_window": 72}, {}),
-    ],
-    ids=["tensor-parallel", "pipeline-parallel", "sliding-and-full", "sliding-only"],
-)
+# vLLM's CPU workers make the buffers between stages in the warm-up that --enforce-eager leaves out.
+STAGES = {"args": ["-pp", "2", "--no-enable-prefix-caching", "-cc", '{"mode":1,"backend":"eager"}'], "eager": False}
+LAYOUTS = {
+    "tensor-parallel": ("qwen3", {}, {"args": ["-tp", "2"]}),
+    "pipeline-parallel-without-prefix-cache": ("qwen3", {}, STAGES),
+    "sliding-and-full": ("gemma3", HYBRID, {}),
+    "sliding-only-with-speculation": ("mistral-window", WINDOW, {"args": ["--speculative-config", json.dumps(NGRAM)]}),
+}
+
+
+@pytest.mark.parametrize("name, changes, options", LAYOUTS.values(), ids=LAYOUTS)
 def test_other_layouts(tmp_path, name, changes, options):
     world = World.make(save_tiny(tmp_path / "base", name, **changes), tmp_path)
     for kind, count in KINDS:

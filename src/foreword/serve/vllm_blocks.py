@@ -16,6 +16,7 @@ from torch import Tensor
 from foreword.core.compiled import CompiledHeader
 from foreword.core.spec import Fingerprint
 from foreword.errors import ConfigError, ForewordError, IncompatibleModel, did_you_mean
+from foreword.registry.blobs import Blobs, FolderBlobs, open_blobs
 from foreword.registry.folders import home_folder
 
 TESTED_VLLM = "0.32.0"
@@ -86,6 +87,19 @@ class Settings:
             if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
                 raise ConfigError(f"`{name}` is {value!r}, not a positive number")
         return cls(**values)
+
+
+def open_store(settings: Settings) -> Blobs:
+    """Open the blob store for reading: a folder may be one that this process cannot write.
+
+    Raises ConfigError when there is no such folder, or as `open_blobs` does.
+    """
+    folder = Path(settings.blobs).expanduser().absolute()
+    if "://" in settings.blobs:
+        return open_blobs(settings.blobs, settings.cache)
+    if not folder.is_dir():
+        raise ConfigError(f"the blob folder {folder} does not exist", hint="Give `blobs` the registry's blob folder.")
+    return FolderBlobs(folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,6 @@ from torch import Tensor
 import vllm
 from foreword.core.compiled import CompiledHeader, load_compiled, read_compiled_header
 from foreword.errors import IncompatibleModel
-from foreword.registry.blobs import open_blobs
 from foreword.serve.vllm_blocks import (
     NO_BLOCK,
     HostCache,
@@ -39,6 +38,7 @@ from foreword.serve.vllm_blocks import (
     check_fits,
     check_version,
     describe,
+    open_store,
     own_heads,
     pack,
     unpack,
@@ -109,7 +109,7 @@ class ForewordConnector(KVConnectorBase_V1):
         check_engine(vllm_config)
         self._block_size = check_caches(kv_cache_config)
         self._settings = Settings.from_extra(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        self._blobs = open_blobs(self._settings.blobs, self._settings.cache)
+        self._blobs = open_store(self._settings)
         if role is KVConnectorRole.SCHEDULER:
             self._asked: dict[str, Asked] = {}
             self._orders = Orders()
@@ -180,7 +180,7 @@ class ForewordConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Orders:
         """Return this step's orders to the workers."""
-        if not scheduler_output.total_num_scheduled_tokens and self._versions.pending:
+        if not scheduler_output.total_num_scheduled_tokens and self._versions.fetching:
             self._versions.background.progress.wait(IDLE_WAIT_S)
         orders, self._orders = self._orders, Orders()
         orders.loads, orders.drops = self._versions.plan({write.sha256 for write in orders.writes})
@@ -194,7 +194,7 @@ class ForewordConnector(KVConnectorBase_V1):
         if connector_output.invalid_block_ids and self._kv_cache_manager is not None:
             # vLLM has failed the running requests with these pages. One that was aborted or preempted since has left
             # them, and pages computed on them, in the prefix cache.
-            self._versions.drop_all()
+            self._versions.drop_all("a write failed")
             self._kv_cache_manager.evict_blocks(set(range(self._kv_cache_config.num_blocks)))
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -203,6 +203,11 @@ class ForewordConnector(KVConnectorBase_V1):
         if asked is not None and asked.wanted is not None:
             self._versions.forget(asked.wanted.sha256, request.request_id)
         return False, None
+
+    def reset_cache(self) -> bool:
+        """Drop every version from host memory: vLLM's reset of external caches."""
+        self._versions.drop_all("vLLM resets its caches")
+        return True
 
     def get_kv_connector_stats(self) -> ForewordStats | None:
         """Return what happened since the last call: the scheduler's side knows it all."""

@@ -88,12 +88,13 @@ class Versions:
         self._idle_s = idle_s
         self._timeout_s = timeout_s
         self._clock = clock
-        self._versions: dict[str, _Version] = {}
+        self._versions: OrderedDict[str, _Version] = OrderedDict()  # the least recently named first
         self._busy: dict[str, _Version] = {}
         self._positions: OrderedDict[str, int] = OrderedDict()
         self._drops: set[str] = set()
         self._attempts = 0
         self._swept = clock()
+        self._resident = 0
         self.host_bytes = 0
         """Host memory of what is loaded or being loaded, in the fullest worker."""
         self.background: Background[tuple[str, int], Fetched] = Background(threads, "foreword-fetch")
@@ -105,6 +106,7 @@ class Versions:
         version = self._versions.get(wanted.sha256)
         if version is not None:
             version.used = now
+            self._versions.move_to_end(wanted.sha256)
         num_positions = self._positions.get(wanted.sha256)
         if num_positions is not None and num_positions != wanted.num_positions:
             self.forget(wanted.sha256, request_id)
@@ -156,32 +158,31 @@ class Versions:
                 version.loaded_by += count
                 if version.loaded_by == self._num_workers:
                     version.state = State.RESIDENT
+                    self._resident += 1
                     del self._busy[load.sha256]
                     self._figures.setdefault("load_seconds", []).append(self._clock() - version.since)
 
-    def drop_all(self) -> None:
-        """Drop every resident version; those that are named again are loaded again."""
+    def drop_all(self, why: str) -> None:
+        """Drop every resident version; one that is named again is loaded again."""
         for sha256 in [sha256 for sha256, version in self._versions.items() if version.state is State.RESIDENT]:
-            self._drop(sha256, "workers failed to write")
+            self._drop(sha256, why)
 
     @property
-    def pending(self) -> bool:
-        """Whether something is being fetched or loaded."""
-        return bool(self._busy)
+    def fetching(self) -> bool:
+        """Whether something is being fetched: `background.progress` is set when that ends."""
+        return any(version.state is State.FETCHING for version in self._busy.values())
 
     def take_figures(self) -> dict[str, Any]:
         """Return what happened since the last call: `load_seconds` of each load, `failures`, `dropped`; and the levels
         `resident` and `host_bytes`. Empty where nothing happened.
         """
         figures, self._figures = self._figures, {}
-        if figures:
-            resident = sum(version.state is State.RESIDENT for version in self._versions.values())
-            figures |= {"resident": resident, "host_bytes": self.host_bytes}
-        return figures
+        return figures | {"resident": self._resident, "host_bytes": self.host_bytes} if figures else {}
 
     def _start(self, sha256: str, now: float) -> _Version:
         self._attempts += 1
         version = self._versions[sha256] = self._busy[sha256] = _Version(self._attempts, since=now, used=now)
+        self._versions.move_to_end(sha256)
         self.background.submit((sha256, version.attempt), lambda: self._fetch(sha256))
         return version
 
@@ -216,11 +217,12 @@ class Versions:
     def _make_room(self, num_bytes: int, keep: set[str]) -> bool:
         """Drop the least recently used until `num_bytes` fit; what a waiting request was promised stays."""
         excess, chosen = self.host_bytes + num_bytes - self._max_host_bytes, []
-        if excess > 0:
-            for sha256, version in sorted(self._versions.items(), key=lambda item: item[1].used):
-                if excess > 0 and version.state is State.RESIDENT and not version.waiting and sha256 not in keep:
-                    excess -= version.num_bytes
-                    chosen.append(sha256)
+        for sha256, version in self._versions.items():
+            if excess <= 0:
+                break
+            if version.state is State.RESIDENT and not version.waiting and sha256 not in keep:
+                excess -= version.num_bytes
+                chosen.append(sha256)
         if excess > 0:
             return False
         for sha256 in chosen:
@@ -229,6 +231,7 @@ class Versions:
 
     def _drop(self, sha256: str, why: str) -> None:
         self.host_bytes -= self._versions.pop(sha256).num_bytes
+        self._resident -= 1
         self._drops.add(sha256)
         self._count("dropped")
         logger.info("foreword: dropped %s: %s", sha256[:12], why)
