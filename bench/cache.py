@@ -6,7 +6,7 @@ Requests ask for N tasks with Zipf popularity, independently of each other: task
 
 Host cache: each vLLM worker keeps compiled versions in host memory, least recently used out first, bounded in bytes. A
 hit costs no fetch from the blob store. The gateway's choice of replica is simulated with its own hash and its own
-bound (foreword.serve.replicas); requests end in the order in which they came, a fixed number is in flight.
+bound (foreword.serve.engines.replicas); requests end in the order in which they came, a fixed number is in flight.
 
 Block cache: vLLM's pool of KV blocks, block by block as vLLM 0.32 keeps it: a request takes the cached full blocks of
 its task's prefix and fresh ones for the rest; at its end full blocks go to the back of the queue of free blocks, last
@@ -32,8 +32,8 @@ import numpy as np
 from capacity import SHAPES
 from hardware import describe
 
-from foreword.serve.replicas import FREE_LOAD, Replica
-from foreword.serve.vllm_args import HOST_BYTES
+from foreword.serve.engines.replicas import FREE_LOAD, Replica
+from foreword.serve.vllm.args import HOST_BYTES
 
 SIMULATED = "Llama-3-8B"
 TASKS = (10, 100, 1_000, 10_000, 100_000)
@@ -41,7 +41,7 @@ REPLICAS = (1, 4, 16)
 ROUTINGS = ("random", "hash", "bounded")
 ALPHAS = (0.8, 1.0, 1.2)
 BALANCE = 1.25
-"""The default of foreword.serve.replicas.Pool."""
+"""The default of foreword.serve.engines.replicas.Pool."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 from hardware import describe
 
 from foreword.core.spec import LayerSpec, ModelSpec
-from foreword.serve.vllm_args import HOST_BYTES
+from foreword.serve.vllm.args import HOST_BYTES
 
 VECTORS = 100
 POSITIONS = VECTORS + 1

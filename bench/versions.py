@@ -27,9 +27,9 @@ from foreword.core.template import TaskTemplate
 from foreword.engine.engine import Engine
 from foreword.registry.records import Version
 from foreword.registry.store import Registry
-from foreword.serve.embedded import EmbeddedBackend
-from foreword.serve.names import Names
-from foreword.serve.residents import Residents
+from foreword.serve.engines.embedded import EmbeddedBackend
+from foreword.serve.versions.names import Names
+from foreword.serve.versions.residents import Residents
 
 BENCH = Path(__file__).parent
 METHODS = ("prompt", "prefix", "kv")

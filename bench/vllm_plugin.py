@@ -35,7 +35,7 @@ from foreword.core.compile import compile  # noqa: E402
 from foreword.core.compiled import save_compiled  # noqa: E402
 from foreword.core.model import FrozenModel, load_base  # noqa: E402
 from foreword.core.prompt import SoftKV, SoftPrefix, SoftPrompt, Vectors  # noqa: E402
-from foreword.serve.wire import Wanted, cache_salt, scope_of  # noqa: E402
+from foreword.serve.vllm.wire import Wanted, cache_salt, scope_of  # noqa: E402
 
 TASKS = 12
 

@@ -33,10 +33,10 @@ from foreword.errors import ArtefactCorrupt, BackendFailed, ForewordError, Incom
 from foreword.registry.folders import home_folder
 from foreword.registry.store import Registry
 from foreword.serve.backend import ANYONE, BackendStats, Caller, Timings
-from foreword.serve.base_info import base_info
+from foreword.serve.engines.base_info import base_info
+from foreword.serve.engines.token_bytes import token_bytes
 from foreword.serve.gateway import create_app
 from foreword.serve.run import own_name
-from foreword.serve.token_bytes import token_bytes
 
 if TYPE_CHECKING:
     from foreword.engine.engine import Engine
@@ -118,7 +118,7 @@ def _replica_class(max_prefixes: int) -> type:
 
             from foreword.core.model import load_base
             from foreword.engine.engine import Engine
-            from foreword.serve.embedded import EmbeddedBackend
+            from foreword.serve.engines.embedded import EmbeddedBackend
 
             torch.set_num_threads(settings.cpus)
             base = load_base(settings.base, dtype=settings.dtype, device=settings.device)

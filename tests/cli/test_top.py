@@ -28,9 +28,9 @@ from foreword.cli import main
 from foreword.cli.top_screen import rate, screen, seconds, size
 from foreword.engine.request import Chunk
 from foreword.serve.backend import Timings
-from foreword.serve.metrics import Metrics
-from foreword.serve.readings import View, parse_page, view
-from foreword.serve.residents import Residents
+from foreword.serve.versions.residents import Residents
+from foreword.serve.watch.metrics import Metrics
+from foreword.serve.watch.readings import View, parse_page, view
 from tests.serve.fakes import FakeBackend
 
 Page = Callable[[], tuple[int, str]]

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foreword.serve.replicas import Facts, Pool, Replica
-from foreword.serve.residents import Residents
-from foreword.serve.vllm_versions import Answer, Fetched, Versions
-from foreword.serve.wire import Wanted, scope_of
+from foreword.serve.engines.replicas import Facts, Pool, Replica
+from foreword.serve.versions.residents import Residents
+from foreword.serve.vllm.versions import Answer, Fetched, Versions
+from foreword.serve.vllm.wire import Wanted, scope_of
 from tests.serve.fakes import FakeBackend, FakeRegistry, version
 from tests.vllm.server import environment
 

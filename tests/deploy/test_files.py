@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import foreword.serve
 from foreword.cli import app
-from foreword.serve.vllm_blocks import TESTED_VLLM
+from foreword.serve.vllm.blocks import TESTED_VLLM
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -175,7 +175,7 @@ def test_images_are_of_the_tested_vllm() -> None:
 def test_the_metrics_that_the_page_names_exist() -> None:
     named = re.findall(r"`(?:vllm:)?foreword_(\w+)", (DEPLOY.parent / "docs/scale.md").read_text())
     assert len(named) > 15
-    source = "".join(path.read_text() for path in Path(foreword.serve.__file__).parent.glob("*.py"))
+    source = "".join(path.read_text() for path in Path(foreword.serve.__file__).parent.rglob("*.py"))
     known = {name.removeprefix("foreword_") for name in re.findall(r'"(\w+)"', source)}
     assert {name.removesuffix("_total") for name in named} <= known
 

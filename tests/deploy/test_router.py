@@ -17,9 +17,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from foreword.serve.http_stream import HttpClient, Post
-from foreword.serve.replicas import Facts, Replica
-from foreword.serve.wire import Wanted, scope_of
+from foreword.serve.engines.http_stream import HttpClient, Post
+from foreword.serve.engines.replicas import Facts, Replica
+from foreword.serve.vllm.wire import Wanted, scope_of
 from tests.deploy.stub import Stub, free_port
 
 SCRIPT = Path(__file__).parents[2] / "deploy/router/vllm-router.sh"

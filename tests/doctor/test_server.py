@@ -15,7 +15,7 @@ from foreword.doctor.server import ServerUnderTest, check_version
 from foreword.engine.engine import Engine
 from foreword.errors import BackendFailed
 from foreword.registry.store import Registry
-from foreword.serve.embedded import EmbeddedBackend
+from foreword.serve.engines.embedded import EmbeddedBackend
 from foreword.serve.gateway import create_app
 from tests.serve.artefacts import demo_base, write_artefact
 from tests.serve.fakes import served

@@ -27,7 +27,7 @@ from foreword.core.spec import Method
 from foreword.registry.access_records import Limits
 from foreword.registry.records import Version
 from foreword.registry.store import Registry
-from foreword.serve.base_info import base_info
+from foreword.serve.engines.base_info import base_info
 from tests.serve.artefacts import BASE, demo_base, write_artefact
 
 START_S = 60.0

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from foreword.serve.connections import MAX_UNREAD_BYTES
+from foreword.serve.http.connections import MAX_UNREAD_BYTES
 from tests.faults.client import Answer, connect, read_all, read_response, request_bytes, together
 from tests.faults.stage import EngineProcess, Gateway, Stage, staged, wait_until
 
 pytestmark = pytest.mark.slow
 STALL_S = HEAD_S = BODY_S = 1.5
 TWEAK = f"""
-from foreword.serve import exchange
-from foreword.serve.connections import Connection
+from foreword.serve.http import exchange
+from foreword.serve.http.connections import Connection
 Connection.stall_s, Connection.head_s = {STALL_S}, {HEAD_S}
 exchange.read_body.__kwdefaults__["timeout_s"] = {BODY_S}
 """
@@ -215,7 +215,7 @@ def test_ten_thousand_connections(tmp_path_factory: pytest.TempPathFactory) -> N
     limit = count - 500
     tweak = f"""
 from foreword.serve import run
-from foreword.serve.connections import Connection
+from foreword.serve.http.connections import Connection
 run.raise_file_limit = lambda: {limit} * 4 // 3 + 1
 """
     made: list[socket.socket] = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from foreword.serve.wire import cache_salt, scope_of
+from foreword.serve.vllm.wire import cache_salt, scope_of
 from tests.faults.client import Answer, Asker, together, until
 from tests.faults.stage import Database, EngineProcess, Gateway, Stage, database_url, staged, wait_until
 

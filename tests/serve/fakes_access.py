@@ -11,7 +11,7 @@ from typing import Any
 
 from foreword.errors import RegistryError
 from foreword.registry.access_records import Grant, Key, Limits, ShadowPair, Snapshot, Tenant, Usage
-from foreword.serve.control import EMPTY
+from foreword.serve.access.control import EMPTY
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 SECRET = "x" * 43

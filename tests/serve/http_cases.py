@@ -12,8 +12,8 @@ from foreword.core.artefact import file_sha256, read_header
 from foreword.engine.request import Chunk, Request
 from foreword.registry.records import CompiledBlob
 from foreword.serve.backend import ANYONE, Caller
-from foreword.serve.base_info import BaseInfo
-from foreword.serve.http_backend import HttpBackend
+from foreword.serve.engines.base_info import BaseInfo
+from foreword.serve.engines.http_backend import HttpBackend
 from tests.serve.artefacts import BASE, demo_base
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from foreword.serve.wire import parse_params
+from foreword.serve.vllm.wire import parse_params
 
 END = 2
 """The id that ends an answer."""

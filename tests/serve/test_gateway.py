@@ -365,7 +365,7 @@ def test_preloading_fails_loudly_at_the_start(name: str) -> None:
 def test_the_gateway_needs_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
-        "import foreword.serve.gateway, foreword.serve.run, foreword.serve.metrics, foreword.cli.serve_command\n"
+        "import foreword.serve.gateway, foreword.serve.run, foreword.serve.watch.metrics, foreword.cli.serve_command\n"
         "from foreword.serve.backend import Backend"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

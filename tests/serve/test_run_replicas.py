@@ -24,12 +24,12 @@ from foreword.core.compile_file import compile_file
 from foreword.errors import ConfigError
 from foreword.registry.store import Registry
 from foreword.serve import run_replicas as run_replicas_module
-from foreword.serve.control import Control
-from foreword.serve.embeddings import EmbeddingsBackend
-from foreword.serve.http_backend import HttpBackend
-from foreword.serve.remote import RemoteBackend
+from foreword.serve.access.control import Control
+from foreword.serve.engines.embeddings import EmbeddingsBackend
+from foreword.serve.engines.http_backend import HttpBackend
+from foreword.serve.engines.remote import RemoteBackend
+from foreword.serve.engines.vllm_backend import VLLMBackend
 from foreword.serve.run_replicas import KEY_VARIABLE, Mode, serve_replicas
-from foreword.serve.vllm_backend import VLLMBackend
 from tests.serve.artefacts import BASE, demo_base, write_artefact
 from tests.serve.http_cases import demo_info
 from tests.serve.stub_vllm import StubVLLM

@@ -21,9 +21,9 @@ from foreword.core.model import load_base
 from foreword.engine.engine import Engine
 from foreword.engine.request import Output, Request
 from foreword.registry.store import Registry
-from foreword.serve.embedded import EmbeddedBackend
+from foreword.serve.engines.embedded import EmbeddedBackend
+from foreword.serve.engines.token_bytes import token_bytes
 from foreword.serve.gateway import create_app
-from foreword.serve.token_bytes import token_bytes
 from tests.serve.artefacts import BASE, demo_base, write_artefact
 from tests.serve.fakes import Served, served
 

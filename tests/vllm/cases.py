@@ -21,7 +21,7 @@ from foreword.core.prompt import KVPrefix, SoftKV, SoftPrefix, SoftPrompt
 from foreword.engine.engine import Engine
 from foreword.engine.request import Request
 from foreword.registry.blobs import FolderBlobs, staged
-from foreword.serve.wire import Wanted, cache_salt, scope_of
+from foreword.serve.vllm.wire import Wanted, cache_salt, scope_of
 from tests.bundled import BASE
 from tests.tiny import CONFIGS
 from tests.vllm.server import NAME, Server

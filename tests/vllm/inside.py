@@ -15,8 +15,8 @@ from vllm.v1 import kv_cache_interface as kv
 
 import vllm
 from foreword.errors import ConfigError
-from foreword.serve.vllm_blocks import LayerShare, Load, Write
-from foreword.serve.vllm_checks import check_caches, check_engine, writable_layers
+from foreword.serve.vllm.blocks import LayerShare, Load, Write
+from foreword.serve.vllm.checks import check_caches, check_engine, writable_layers
 from foreword.serve.vllm_connector import ForewordConnector, Orders, Report
 
 SHA = "a" * 64

@@ -24,16 +24,16 @@ from foreword.errors import BackendFailed, BadRequest, IncompatibleModel
 from foreword.registry.records import Version
 from foreword.registry.store import Registry
 from foreword.serve.backend import Caller
-from foreword.serve.compiled_source import CompiledSource
-from foreword.serve.embedded import EmbeddedBackend
-from foreword.serve.embeddings import EmbeddingsBackend
+from foreword.serve.engines.compiled_source import CompiledSource
+from foreword.serve.engines.embedded import EmbeddedBackend
+from foreword.serve.engines.embeddings import EmbeddingsBackend
+from foreword.serve.engines.http_backend import HttpBackend
+from foreword.serve.engines.vllm_backend import VLLMBackend
 from foreword.serve.gateway import create_app
-from foreword.serve.http_backend import HttpBackend
-from foreword.serve.vllm_backend import VLLMBackend
 from tests.serve.artefacts import BASE, demo_base, write_artefact
+from tests.serve.engines.test_remote import with_slots
 from tests.serve.fakes import served
 from tests.serve.http_cases import answer, demo_info, ids, in_loop, text
-from tests.serve.test_remote import with_slots
 from tests.vllm.cases import figures
 from tests.vllm.server import Server, vllm_server
 

@@ -11,8 +11,8 @@ import pytest
 from foreword.core.compile import compile
 from foreword.core.compiled import save_compiled
 from foreword.registry.blobs import FolderBlobs, staged
-from foreword.serve.vllm_versions import RETRY_S
-from foreword.serve.wire import Wanted, cache_salt, scope_of
+from foreword.serve.vllm.versions import RETRY_S
+from foreword.serve.vllm.wire import Wanted, cache_salt, scope_of
 from tests.vllm.cases import Ask, Version, answers, body, figures, ids, post, tokens, vectors_of
 from tests.vllm.conftest import FETCH_TIMEOUT_S
 from tests.vllm.server import BLOCK

@@ -112,8 +112,8 @@ def serve(
     Example: foreword serve --base models/base --preload triage
     """
     from foreword.engine.kvpool import parse_bytes
-    from foreword.serve.logs import configure
     from foreword.serve.run import own_name, serve_base
+    from foreword.serve.watch.logs import configure
 
     name = base_name or own_name(base)
     urls = [*(vllm or ()), *(replica or ())]

@@ -16,7 +16,7 @@ from foreword.cli.top_screen import screen
 from foreword.errors import ConfigError, ServeError
 
 if TYPE_CHECKING:
-    from foreword.serve.readings import Page, View, Window
+    from foreword.serve.watch.readings import Page, View, Window
 
 TIMEOUT_S = 5.0
 
@@ -46,7 +46,7 @@ def top(
 
     With --json each look is a line of JSON. Example: foreword top --url http://127.0.0.1:8000
     """
-    from foreword.serve.readings import Window
+    from foreword.serve.watch.readings import Window
 
     if not (once or as_json or sys.stdout.isatty()):
         raise ConfigError("the live view needs a terminal", hint="Give --once, or --json.")
@@ -128,7 +128,7 @@ class _Source:
         """Return the present page. Raises ServeError where there is none, with the cure."""
         import httpx
 
-        from foreword.serve.readings import parse_page
+        from foreword.serve.watch.readings import parse_page
 
         address = f"{self.url}/metrics"
         try:

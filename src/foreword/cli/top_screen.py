@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from foreword.serve.readings import Quantiles, TenantView, View
+    from foreword.serve.watch.readings import Quantiles, TenantView, View
 
 TOTALS = 4
 """Lines of the totals."""

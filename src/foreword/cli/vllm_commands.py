@@ -85,8 +85,8 @@ def vllm_args(
     from foreword.core.artefact import read_header
     from foreword.engine.kvpool import parse_bytes
     from foreword.registry.store import Registry
-    from foreword.serve.base_info import base_info, check_served
-    from foreword.serve.vllm_args import vllm_command
+    from foreword.serve.engines.base_info import base_info, check_served
+    from foreword.serve.vllm.args import vllm_command
 
     if mode not in ("plugin", "embeddings", "both"):
         raise ConfigError(f"--mode is {mode!r}", hint="Give plugin, embeddings or both.")

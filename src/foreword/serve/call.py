@@ -13,20 +13,20 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from foreword.errors import ForewordError, NotFound, Unauthorized
-from foreword.serve.answers import Answer, Gathered, Usage, event_bytes
-from foreword.serve.auth import ANYBODY, Principal
+from foreword.serve.access.auth import ANYBODY, Principal
+from foreword.serve.access.limits import Slot, check_new_tokens, check_prompt_tokens, estimated_tokens
 from foreword.serve.backend import Caller, Stream
-from foreword.serve.exchange import ClientGone, Halt, error_response, translated, watch
-from foreword.serve.limits import Slot, check_new_tokens, check_prompt_tokens, estimated_tokens
-from foreword.serve.logs import REQUEST_ID
-from foreword.serve.names import Target
-from foreword.serve.openai_api import Body, ChatBody, error_json
-from foreword.serve.record import record
-from foreword.serve.residents import Lease
-from foreword.serve.routes import of_kind, user_key
-from foreword.serve.shadow import Copy, copy_of
-from foreword.serve.steering import lease, steer
-from foreword.serve.tracing import trace_headers
+from foreword.serve.http.answers import Answer, Gathered, Usage, event_bytes
+from foreword.serve.http.exchange import ClientGone, Halt, error_response, translated, watch
+from foreword.serve.http.openai_api import Body, ChatBody, error_json
+from foreword.serve.versions.names import Target
+from foreword.serve.versions.residents import Lease
+from foreword.serve.versions.routes import of_kind, user_key
+from foreword.serve.versions.shadow import Copy, copy_of
+from foreword.serve.versions.steering import lease, steer
+from foreword.serve.watch.logs import REQUEST_ID
+from foreword.serve.watch.record import record
+from foreword.serve.watch.tracing import trace_headers
 
 if TYPE_CHECKING:
     from foreword.serve.gateway import Gateway

@@ -22,23 +22,23 @@ from starlette.routing import Match
 from foreword.errors import ForewordError, NotFound, ServeError
 from foreword.registry.records import is_name
 from foreword.registry.store import Registry
-from foreword.serve.admin_api import add_admin
-from foreword.serve.auth import Guard, Principal
+from foreword.serve.access.admin_api import add_admin
+from foreword.serve.access.auth import Guard, Principal
+from foreword.serve.access.control import Control
+from foreword.serve.access.limits import Limiter
 from foreword.serve.backend import Backend
 from foreword.serve.call import CLIENT_GONE, Call, EventStream
-from foreword.serve.control import Control
-from foreword.serve.edge import Edge
-from foreword.serve.endpoints import add_endpoints
-from foreword.serve.exchange import ClientGone, Pending, error_response, read_body, translated
-from foreword.serve.limits import Limiter
-from foreword.serve.metrics import Metrics
-from foreword.serve.names import TTL_S, Names, Target, VersionSource
-from foreword.serve.openai_api import ChatBody, CompletionBody, InvalidPath, parse_body
-from foreword.serve.openapi import document
-from foreword.serve.record import count_bad_key
-from foreword.serve.residents import Residents, keep_loaded, keep_swept
-from foreword.serve.shadow import Shadows
-from foreword.serve.tracing import Tracing, from_environment
+from foreword.serve.http.edge import Edge
+from foreword.serve.http.endpoints import add_endpoints
+from foreword.serve.http.exchange import ClientGone, Pending, error_response, read_body, translated
+from foreword.serve.http.openai_api import ChatBody, CompletionBody, InvalidPath, parse_body
+from foreword.serve.http.openapi import document
+from foreword.serve.versions.names import TTL_S, Names, Target, VersionSource
+from foreword.serve.versions.residents import Residents, keep_loaded, keep_swept
+from foreword.serve.versions.shadow import Shadows
+from foreword.serve.watch.metrics import Metrics
+from foreword.serve.watch.record import count_bad_key
+from foreword.serve.watch.tracing import Tracing, from_environment
 
 if TYPE_CHECKING:
     from fastapi.telemetry import TelemetryConfig

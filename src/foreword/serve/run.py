@@ -20,11 +20,11 @@ from fastapi import FastAPI
 
 from foreword.errors import ServeError
 from foreword.registry.store import Registry
+from foreword.serve.access.control import Control
 from foreword.serve.backend import Backend
-from foreword.serve.connections import SEND_BUFFER_BYTES, Connection, raise_file_limit
-from foreword.serve.control import Control
-from foreword.serve.embedded import EmbeddedBackend
+from foreword.serve.engines.embedded import EmbeddedBackend
 from foreword.serve.gateway import MAX_BODY_BYTES, create_app
+from foreword.serve.http.connections import SEND_BUFFER_BYTES, Connection, raise_file_limit
 
 KEEP_ALIVE_S = 60
 """Above the idle time after which clients drop a connection themselves, so that none is closed under a new request."""

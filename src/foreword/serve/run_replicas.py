@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from foreword.registry.store import Registry
+from foreword.serve.access.control import Control
 from foreword.serve.backend import Backend
-from foreword.serve.base_info import base_info
-from foreword.serve.compiled_source import CompiledSource
-from foreword.serve.control import Control
-from foreword.serve.embeddings import EmbeddingsBackend
-from foreword.serve.http_backend import load_tokenizer
-from foreword.serve.remote import RemoteBackend
-from foreword.serve.replicas import FIRST_TOKEN_S, Timeouts, distinct
+from foreword.serve.engines.base_info import base_info
+from foreword.serve.engines.compiled_source import CompiledSource
+from foreword.serve.engines.embeddings import EmbeddingsBackend
+from foreword.serve.engines.http_backend import load_tokenizer
+from foreword.serve.engines.remote import RemoteBackend
+from foreword.serve.engines.replicas import FIRST_TOKEN_S, Timeouts, distinct
+from foreword.serve.engines.vllm_backend import VLLMBackend
 from foreword.serve.run import own_name, serve_backend
-from foreword.serve.vllm_backend import VLLMBackend
 
 Mode = Literal["plugin", "embeddings", "remote"]
 """vLLM with the plug-in, vLLM that takes embeddings, other foreword servers."""

@@ -4,9 +4,9 @@
         "kv_connector_module_path": "foreword.serve.vllm_connector",
         "kv_connector_extra_config": {"blobs": "s3://bucket/prefix"}}'
 
-A request is N placeholder ids and its own ids, with `kv_transfer_params` and `cache_salt` as foreword.serve.wire has
-them. Its first N positions are keys and values of a compiled file, which the attention backend's own writer puts into
-the request's pages; vLLM's prefix cache then shares whole pages among requests of one version and one scope.
+A request is N placeholder ids and its own ids, with `kv_transfer_params` and `cache_salt` as foreword.serve.vllm.wire
+has them. Its first N positions are keys and values of a compiled file, which the attention backend's own writer puts
+into the request's pages; vLLM's prefix cache then shares whole pages among requests of one version and one scope.
 
 A request that cannot be served as it asks fails, alone: it is claimed as an asynchronous transfer which the workers
 report as failed, so that no forward ever sees its placeholders and none of its blocks enters the prefix cache.
@@ -28,7 +28,7 @@ from torch import Tensor
 import vllm
 from foreword.core.compiled import CompiledHeader, load_compiled, read_compiled_header
 from foreword.errors import IncompatibleModel
-from foreword.serve.vllm_blocks import (
+from foreword.serve.vllm.blocks import (
     NO_BLOCK,
     HostCache,
     LayerShare,
@@ -43,7 +43,7 @@ from foreword.serve.vllm_blocks import (
     pack,
     unpack,
 )
-from foreword.serve.vllm_versions import Answer, Asked, Fetched, Versions, read_request
+from foreword.serve.vllm.versions import Answer, Asked, Fetched, Versions, read_request
 
 check_version(vllm.__version__)  # before anything is imported that other versions may not have
 
@@ -58,8 +58,8 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank  # no
 from vllm.distributed.utils import get_pp_indices  # noqa: E402
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
-from foreword.serve.vllm_checks import check_caches, check_engine, writable_layers  # noqa: E402
-from foreword.serve.vllm_stats import ForewordMetrics, ForewordStats  # noqa: E402
+from foreword.serve.vllm.checks import check_caches, check_engine, writable_layers  # noqa: E402
+from foreword.serve.vllm.stats import ForewordMetrics, ForewordStats  # noqa: E402
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -1,0 +1,1 @@
+"""OpenAI over HTTP: bodies in, answers out, connections kept in bounds."""

@@ -1,0 +1,1 @@
+"""Which version answers a name: aliases, canaries, shadows, and what is loaded."""
