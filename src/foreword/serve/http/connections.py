@@ -41,6 +41,7 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._is_in_head = False
+        self._cycles: list[Any] = []
         self._num_bytes = 0  # of the head, then of everything behind it
         self._num_body_bytes = 0
 
@@ -56,6 +57,7 @@ class Connection(HttpToolsProtocol):
         """Forget the timers."""
         self._end_head_wait()
         self._end_client_wait()
+        self._end_cycles()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -71,6 +73,13 @@ class Connection(HttpToolsProtocol):
             self._cut("a head does not end" if self._is_in_head else "a refused body does not end")
         elif self._head_timer is None:
             self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP. An answer that it follows ends, unmixed, as if the client had gone away."""
+        if any(cycle.response_started and not cycle.response_complete for cycle in self._cycles):
+            return self._cut("what follows a request is no HTTP")
+        super().send_400_response(msg)
+        self._end_cycles()
 
     def on_message_begin(self) -> None:
         """Begin a head."""
@@ -89,6 +98,9 @@ class Connection(HttpToolsProtocol):
         self._num_bytes = self._num_body_bytes = 0
         self._end_head_wait()
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        if self.cycle is not None and self.cycle not in self._cycles:
+            self._cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Note a piece of a body."""
@@ -141,6 +153,14 @@ class Connection(HttpToolsProtocol):
     def _cut(self, why: str) -> None:
         log.info("a connection is cut: %s", why)
         self.transport.abort()
+        self._end_cycles()
+
+    def _end_cycles(self) -> None:
+        """Tell all requests under way that the client is gone; uvicorn tells the last one of several sent in one go."""
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
 
 def raise_file_limit() -> int | None:
