@@ -61,7 +61,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
 
 def test_a_client_that_does_not_read(room: Room) -> None:
     """Proves `Connection.stall_s` and the bound on its write buffer: the answer is given up, and the engine's work."""
-    aborted = room.engine.told()["aborted"]
+    aborted = room.engine.told(interval_s=0.005)["aborted"]
     before = room.gateway.rss
     body = {"model": "triage", "prompt": "x", "max_tokens": 4000, "n": 32, "stream": True}
     with connect(room.gateway, receive_bytes=4096) as reader:
@@ -72,10 +72,11 @@ def test_a_client_that_does_not_read(room: Room) -> None:
         taken = wait_until(lambda: room.engine.told()["aborted"] == aborted + 1, CUT_S + 10)
         assert taken > STALL_S / 2
         wait_until(lambda: room.open_requests() == 0)
-        # What came from the engine until the cut: 500 bytes for each token at most, and no more than the engine sent.
-        assert room.gateway.rss - before < 4000 * 32 * 500
+        # What came from the engine until the cut waits here: 32 tokens each 5 ms, of 500 bytes at most.
+        assert room.gateway.rss - before < 32 / 0.005 * CUT_S * 500
         rest = read_all(reader)
     assert b"[DONE]" not in rest and len(rest) < 4 * MB
+    room.engine.told(interval_s=0.0)
     room.answers()
 
 
