@@ -46,7 +46,7 @@ class Process:
             self.popen = subprocess.Popen(
                 [*end, *command],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.PIPE if ready else errors,
                 stderr=errors,
                 text=True,
                 cwd=ROOT,
@@ -250,6 +250,10 @@ class Stage:
         """Start a process on `code`, which prints a line when it is ready."""
         command = [sys.executable, "-c", code, *map(str, arguments)]
         return self._keep(Process(command, self._log("python"), self.variables(), ready=ready))
+
+    def run(self, command: list[str], environment: Mapping[str, str]) -> Process:
+        """Start any command, without waiting for it to say that it is ready."""
+        return self._keep(Process(command, self._log("process"), environment, ready=False))
 
     def _log(self, kind: str) -> Path:
         return self.folder / f"{kind}-{next(_names)}.log"

@@ -13,7 +13,7 @@ from foreword.cli.output import console, print_json, print_table
 
 if TYPE_CHECKING:
     from foreword.core.artefact import ArtefactHeader
-    from foreword.doctor.checks import Finding
+    from foreword.doctor.finding import Finding
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +51,8 @@ def doctor(
     Example: foreword doctor triage@prod --base models/base
     Example: foreword doctor --server http://127.0.0.1:8000
     """
-    from foreword.doctor.checks import check_artefact, check_environment
+    from foreword.doctor.checks.artefact import check_artefact
+    from foreword.doctor.checks.environment import check_environment
 
     findings = check_environment(home)
     if server is not None:
@@ -73,7 +74,7 @@ def doctor(
 def _check_server(url: str, key: str | None, reference: str | None, home: Path | None, dtype: str) -> list[Finding]:
     """Check one version, or every task of the server that this registry has."""
     from foreword.core.artefact import read_header
-    from foreword.doctor.checks import Finding
+    from foreword.doctor.finding import Finding
     from foreword.doctor.server import ServerUnderTest, check_version
     from foreword.registry.store import Registry
 

@@ -239,7 +239,7 @@ def promote(
     with open_registry(home) as registry:
 
         def conformance(candidate: Version, current: Version | None) -> str | None:
-            from foreword.doctor.checks import check_artefact
+            from foreword.doctor.checks.artefact import check_artefact
 
             findings = check_artefact(registry.path(candidate), base)
             return next((f"{finding.check}: {finding.measured}" for finding in findings if not finding.ok), None)

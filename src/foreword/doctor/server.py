@@ -13,7 +13,7 @@ import httpx
 
 from foreword.core.artefact import ArtefactHeader
 from foreword.core.conformance import TOP, check_probe, judge
-from foreword.doctor.checks import Finding
+from foreword.doctor.finding import Finding
 from foreword.errors import BackendFailed, ForewordError
 
 TIMEOUT_S = 60.0

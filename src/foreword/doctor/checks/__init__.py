@@ -1,0 +1,1 @@
+"""One function per check: its docstring is the advice, its finding carries the measurement."""
