@@ -49,6 +49,12 @@ class Table:
             if len(row) != len(self.columns):
                 raise ValueError(f"row {place} has {len(row)} cells for {len(self.columns)} columns")
 
+    @property
+    def is_number(self) -> tuple[bool, ...]:
+        """Whether each column holds numbers only; such columns are aligned at the right."""
+        cells = (tuple(row[place] for row in self.rows) for place in range(len(self.columns)))
+        return tuple(bool(column) and all(isinstance(cell, int | float | None) for cell in column) for column in cells)
+
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
