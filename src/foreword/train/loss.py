@@ -67,8 +67,11 @@ def step_gradients(base: FrozenModel, batches: Sequence[Batch], micro_tokens: in
     return losses.tolist()
 
 
-def mean_losses(base: FrozenModel, items: Sequence[tuple[KVPrefix, Sequence[Example]]]) -> list[float]:
-    """Return each prefix's mean loss over its rows' target tokens in nats, without gradients."""
+def mean_losses(base: FrozenModel, items: Sequence[tuple[KVPrefix | None, Sequence[Example]]]) -> list[float]:
+    """Return each prefix's mean loss over its rows' target tokens in nats, without gradients.
+
+    None is no prefix: rows that are whole by themselves.
+    """
     totals = torch.zeros(len(items), dtype=torch.float64)
     rows = [(index, row) for index, (_, examples) in enumerate(items) for row in examples]
     prefixes = [prefix for prefix, _ in items]
@@ -95,7 +98,7 @@ def micro_batches(rows: Sequence[tuple[int, Example]], tokens: int) -> Iterator[
 
 
 def target_losses(
-    base: FrozenModel, part: Sequence[tuple[int, Example]], prefixes: Sequence[KVPrefix]
+    base: FrozenModel, part: Sequence[tuple[int, Example]], prefixes: Sequence[KVPrefix | None]
 ) -> tuple[list[int], Tensor]:
     """Return, for every target token of the part, its run and its loss in nats [N]."""
     longest = max(len(row.ids) for _, row in part)
@@ -108,7 +111,8 @@ def target_losses(
         places += range(place * longest + first - 1, place * longest + len(row.ids) - 1)
         targets += row.ids[first:]
         runs += [run] * row.num_targets
-        after = prefixes[run].after
+        prefix = prefixes[run]
+        after = None if prefix is None else prefix.after
         if after is not None:
             splices += [(place, offset, after[start : start + count]) for offset, start, count in row.slots]
     logits = forward_rows(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foreword.config import TrainConfig
 from foreword.core.artefact import load_artefact
 from foreword.core.init import from_vectors, initial_vectors
 from foreword.core.model import FrozenModel
@@ -74,11 +75,7 @@ class RunState:
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
-        config = self.run.config
-        warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        done = step / config.steps
-        shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-        return self.run.lr * warm * shape[config.schedule]
+        return self.run.lr * lr_factor(self.run.config, step)
 
     def update(self, loss: float, num_tokens: int) -> None:
         """Take an optimizer step with the gradients at hand; a loss or gradient that is not finite ends the run."""
@@ -213,6 +210,14 @@ class RunState:
             )
         self.parent = artefact.sha256
         return from_vectors(artefact.vectors, self.block, after=self.template.num_after)
+
+
+def lr_factor(config: TrainConfig, step: int) -> float:
+    """Return the part of the peak learning rate that a step, counted from 0, has: warm-up, then the schedule."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    done = step / config.steps
+    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return warm * shape[config.schedule]
 
 
 def _optimizer(tuner: Tuner, run: Run) -> torch.optim.Optimizer:
