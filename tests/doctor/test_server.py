@@ -1,4 +1,4 @@
-"""Conformance through a running server: the published version passes, anything else is found out."""
+"""Identity and conformance through a running server: the published version passes, anything else is found out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import pytest
 from foreword.core.artefact import load_artefact, read_header, save_artefact
 from foreword.core.compile import compile
 from foreword.core.conformance import make_probes
-from foreword.doctor.server import ServerUnderTest, check_version
+from foreword.doctor.finding import Finding
+from foreword.doctor.server import ServerUnderTest
+from foreword.doctor.server.conformance import check_conformance
+from foreword.doctor.server.identity import check_served_version
+from foreword.doctor.server.visit import Expected, Visit
 from foreword.engine.engine import Engine
 from foreword.errors import BackendFailed
 from foreword.registry.store import Registry
@@ -45,47 +49,57 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Regis
             yield running.url, registry
 
 
+def check(url: str, model: str, expected: str, registry: Registry) -> list[Finding]:
+    """Return the findings of identity and conformance, with a version that should answer."""
+    version = registry.resolve(expected)
+    should = Expected(
+        reference=version.reference,
+        sha256=version.sha256,
+        header=registry.header(version),
+        path=registry.path(version),
+    )
+    with ServerUnderTest(f"{url}/v1/") as server:
+        visit = Visit(server=server, model=model, version=should, base_name="base-3m", dtype="float32")
+        return [check_served_version(visit), check_conformance(visit)]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_published_version_passes(stage: tuple[str, Registry], method: str) -> None:
-    url, registry = stage
-    version = registry.resolve(method)
-    with ServerUnderTest(f"{url}/v1/") as server:
-        found = check_version(server, method, version.sha256, registry.header(version), "float32")
+    found = check(stage[0], method, method, stage[1])
     assert [finding.ok for finding in found] == [True, True], found
-    assert "3 of 3" in found[1].measured
+    assert f"{method}@1" in found[0].measured and "3 of 3" in found[1].measured
 
 
 def test_another_version_is_found_out(stage: tuple[str, Registry]) -> None:
     url, registry = stage
-    expected = registry.resolve("prompt")
-    with ServerUnderTest(url) as server:
-        found = check_version(server, "kv", expected.sha256, registry.header(expected), "float32")
-    assert [finding.ok for finding in found] == [False, False]
-    assert expected.sha256[:12] in found[0].measured and registry.resolve("kv").sha256[:12] in found[0].measured
+    found = check(url, "kv", "prompt", registry)
+    assert [finding.ok for finding in found] == [False, False] and found[0].fault == "stale-version"
+    digests = [registry.resolve(name).sha256[:12] for name in ("prompt", "kv")]
+    assert all(digest in found[0].measured for digest in digests)
     assert "FAILS" in found[1].measured
 
 
 def test_the_plain_base_does_not_pass_for_a_version(stage: tuple[str, Registry]) -> None:
+    found = check(stage[0], "base-3m", "kv", stage[1])
+    assert found[0].skipped and "x-foreword-digest" in found[0].measured, "no header says who answers"
+    assert not found[1].ok and found[1].fault == "mask-blind"
+
+
+def test_an_unknown_name_is_refused(stage: tuple[str, Registry]) -> None:
     url, registry = stage
     version = registry.resolve("kv")
+    should = Expected(reference="kv@1", sha256=version.sha256, header=registry.header(version))
     with ServerUnderTest(url) as server:
-        found = check_version(server, "base-3m", version.sha256, registry.header(version), "float32")
-    assert not found[0].ok and "no version" in found[0].measured and not found[1].ok
-
-
-def test_an_unknown_name_is_one_failed_finding(stage: tuple[str, Registry]) -> None:
-    url, registry = stage
-    header = registry.header(registry.resolve("kv"))
-    with ServerUnderTest(url) as server:
-        (found,) = check_version(server, "nobody", "0" * 64, header, "float32")
+        found = check_served_version(Visit(server=server, model="nobody", version=should))
     assert not found.ok and "404" in found.measured and "nobody" in found.measured
 
 
 def test_an_artefact_without_probes_says_so(stage: tuple[str, Registry], tmp_path: Path) -> None:
     header = read_header(write_artefact(tmp_path, "bare"))
     with ServerUnderTest(stage[0]) as server:
-        (found,) = check_version(server, "bare", "0" * 64, header, "float32")
-    assert found.ok and "nothing was compared" in found.measured
+        bare = Expected(reference="bare@1", sha256="0" * 64, header=header)
+        found = check_conformance(Visit(server=server, model="bare", version=bare))
+    assert found.skipped and "needs conformance probes" in found.measured
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::"])

@@ -8,9 +8,12 @@ import typer
 
 from foreword.cli import (
     access_commands,
+    advise_command,
+    compare_command,
     demo_command,
     doctor_command,
     eval_command,
+    explain_command,
     files_command,
     registry_commands,
     serve_command,
@@ -31,8 +34,12 @@ app = typer.Typer(
 )
 for group in (
     demo_command,
+    advise_command,
     train_command,
     eval_command,
+    compare_command,
+    explain_command,
+    doctor_command,
     registry_commands,
     access_commands,
     traffic_commands,
@@ -40,7 +47,6 @@ for group in (
     top_command,
     vllm_commands,
     files_command,
-    doctor_command,
 ):
     group.register(app)
 

@@ -1,0 +1,1 @@
+"""Faults planted in running servers: a real gateway, a real engine, over HTTP."""
