@@ -88,6 +88,8 @@ def test_public_names_exist_sorted_and_complete():
     assert set(foreword.__all__) == {*foreword._HOME, "__version__"}
     for name in foreword.__all__:
         assert getattr(foreword, name) is not None
+    rooms = {room(path.relative_to(SRC).parts) for path in SRC.rglob("*.py")}
+    assert not rooms & set(foreword.__all__)  # importing a room binds its name in the package
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         foreword.nothing  # noqa: B018
 

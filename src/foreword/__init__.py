@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from foreword.engine.engine import Engine
     from foreword.engine.request import Output, Request
     from foreword.errors import ForewordError
-    from foreword.eval.paired import compare
+    from foreword.eval.paired import compare_reports
     from foreword.eval.report import EvalReport
     from foreword.eval.run import evaluate
     from foreword.eval.tasks import Task
@@ -52,7 +52,7 @@ _HOME = {
     "SoftPrompt": "foreword.core.prompt",
     "Task": "foreword.eval.tasks",
     "TaskTemplate": "foreword.core.template",
-    "compare": "foreword.eval.paired",
+    "compare_reports": "foreword.eval.paired",
     "compile": "foreword.core.compile",
     "evaluate": "foreword.eval.run",
     "export_peft": "foreword.core.interop",
@@ -84,7 +84,7 @@ __all__ = [
     "Task",
     "TaskTemplate",
     "__version__",
-    "compare",
+    "compare_reports",
     "compile",
     "evaluate",
     "export_peft",

@@ -68,7 +68,7 @@ def test_label_probabilities_are_the_models_own(engine: Any) -> None:
 
 def test_free_answers_and_baselines_run_and_repeat(engine: Any, tmp_path: Path) -> None:
     from foreword.eval.baselines import evaluate_baselines
-    from foreword.eval.paired import compare
+    from foreword.eval.paired import compare_reports
     from foreword.eval.run import evaluate
 
     task = triage()
@@ -76,4 +76,4 @@ def test_free_answers_and_baselines_run_and_repeat(engine: Any, tmp_path: Path) 
     assert [row.output for row in first.rows] == [row.output for row in again.rows]
     reports = [first, *evaluate_baselines(engine, task, limit=2, num_shots=1)]
     assert len({report.data_sha256 for report in reports}) == 1
-    assert {compare(a, b).num_rows for a, b in pairwise(reports)} == {2}
+    assert {compare_reports(a, b).num_rows for a, b in pairwise(reports)} == {2}

@@ -57,7 +57,7 @@ def eval_(
     Example: foreword eval triage.toml --base models/base --vectors runs/today/triage-kv.safetensors
     """
     from foreword.eval.baselines import evaluate_baselines
-    from foreword.eval.paired import compare
+    from foreword.eval.paired import compare_reports
     from foreword.eval.report import EvalReport
     from foreword.eval.run import evaluate
     from foreword.eval.tasks import Task
@@ -71,7 +71,7 @@ def eval_(
         reports.append(evaluate(engine, data, prefix=name, split=split, limit=limit, decoding=decoding, out=out))
     if baselines or vectors is None:
         reports += evaluate_baselines(engine, data, split=split, limit=limit)
-    paired = compare(reports[0], earlier) if earlier else None
+    paired = compare_reports(reports[0], earlier) if earlier else None
     if as_json:
         found = {"reports": [report.to_json() for report in reports], "paired": paired.to_json() if paired else None}
         print_json(found)

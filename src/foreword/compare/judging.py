@@ -16,7 +16,7 @@ from foreword.core.compile import compile
 from foreword.core.model import FrozenModel
 from foreword.engine.engine import Engine
 from foreword.eval.baselines import Phrasing, choose_shots, evaluate_baseline
-from foreword.eval.paired import compare
+from foreword.eval.paired import compare_reports
 from foreword.eval.report import EvalReport
 from foreword.eval.run import evaluate
 
@@ -105,7 +105,7 @@ def paired_tests(reports: Mapping[str, EvalReport], seed: int) -> tuple[Paired, 
             continue
         alpha = ALPHA / len(others)
         for method in others:
-            result = compare(reports[method], reports[against], seed=seed, alpha=alpha)
+            result = compare_reports(reports[method], reports[against], seed=seed, alpha=alpha)
             found.append(
                 Paired(
                     method=method,

@@ -55,7 +55,7 @@ class PairedResult:
         )
 
 
-def compare(a: EvalReport, b: EvalReport, *, seed: int = 0, alpha: float = 0.05) -> PairedResult:
+def compare_reports(a: EvalReport, b: EvalReport, *, seed: int = 0, alpha: float = 0.05) -> PairedResult:
     """Compare two reports over the same rows: is `a` better than `b`?
 
     The bootstrap draws the same rows for both, so what is hard for both cancels out. Raises DataError with both hashes

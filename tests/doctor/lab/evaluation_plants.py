@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from foreword.doctor.subjects import Evaluation
-from foreword.eval.paired import compare
+from foreword.eval.paired import compare_reports
 from foreword.eval.report import EvalReport
 from foreword.eval.tasks import Row
 from tests.doctor.lab.evaluations import Speaker, make_rows, report, said, train, trained
@@ -133,7 +133,7 @@ def noisy(name: str, told: str) -> Evaluation:
 def is_noise(evaluation: Evaluation) -> tuple[float, float]:
     """Proof: the paired test finds no difference (p above 0.05), though the scores differ."""
     assert evaluation.old is not None and evaluation.new is not None
-    result = compare(evaluation.new, evaluation.old)
+    result = compare_reports(evaluation.new, evaluation.old)
     return (result.p_value or 0.0) * (evaluation.old.score != evaluation.new.score), 0.05
 
 
@@ -311,19 +311,21 @@ def skills() -> Iterator[Plant]:
 def tails() -> Iterator[Plant]:
     """A distillation without a tail, judged on all of the teacher's tokens."""
     for name, method in PAIRS:
+        for whole in (False, True):
 
-        def held_out(name: str = name, method: str = method) -> Evaluation:
-            trainer = distilled(name, method, False)
-            with torch.no_grad():
-                return Evaluation(teacher_logprobs=trainer.teacher, student_logprobs=trainer.student())
+            def held_out(name: str = name, method: str = method, whole: bool = whole) -> Evaluation:
+                trainer = distilled(name, method, False)
+                teacher = trainer.teacher if whole else trainer.kept
+                with torch.no_grad():
+                    return Evaluation(teacher_logprobs=teacher, student_logprobs=trainer.student())
 
-        yield plant(
-            "tail-dropped",
-            name,
-            f"{method} judged with all of the teacher's tokens",
-            held_out,
-            lambda _, name=name, method=method: overconfident(distilled(name, method, False)),  # type: ignore[misc]
-        )
+            yield plant(
+                "tail-dropped",
+                name,
+                f"{method} judged with {'all' if whole else 'the four best'} of the teacher's tokens",
+                held_out,
+                lambda _, name=name, method=method: overconfident(distilled(name, method, False)),  # type: ignore[misc]
+            )
 
 
 PLANTS = [*scores(), *noise(), *traffic(), *decoding(), *skills(), *tails()]

@@ -95,8 +95,8 @@ def _no_vectors(decision: Decision, plan: Plan) -> str:
     if plan.method == "few_shot":
         return (
             f"**Examples.** {tasks.shots} solved examples, {load.few_shot_tokens:,} tokens with the instruction. Draw "
-            "them from the rows for training, try several draws and orders on dev rows, and keep the best: the choice moves the score as "
-            "much as the wording does."
+            "them from the rows for training, try several draws and orders on dev rows, and keep the best: the choice "
+            "moves the score as much as the wording does."
         )
     if plan.method == "hard_text":
         return (

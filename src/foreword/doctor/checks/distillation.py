@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,71 +12,121 @@ from torch import Tensor
 from foreword.doctor.finding import Finding
 from foreword.doctor.probe_training import skipped
 
-TOP = 20
-"""Tokens that count as the teacher's list where all of its log-probabilities are known."""
+SIZES = (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64)
+"""Lengths of the list that are tried where all of the teacher's log-probabilities are known."""
 LEAST_TAIL = 0.02
-"""Mean mass of the teacher's tail below which there is nothing to lose."""
-KEPT = 1 / 3
-"""Share of the teacher's tail that a student trained with it keeps at least."""
+"""Mean mass of the teacher's tail below which there is nothing to lose, and what a student must lack of it at least."""
+CERTAIN = 3.0
+"""Standard errors, over positions, that a student's tail must lie below the teacher's."""
 SAME_LOSS = 1e-3
+NAME = "teacher's tail"
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Teacher and student beside each other, all tokens outside the teacher's list gathered in one place."""
+
+    size: int
+    """Tokens in the list, the most of any position."""
+    teacher: float
+    """Mean mass outside the list."""
+    student: float
+    missing: float
+    """Mean of what the student has less there."""
+    errors: float
+    """`missing` in standard errors over positions."""
+    by_mass: float
+    """Divergence, in nats, of list against tail."""
+    within: float
+    """Divergence, in nats, within the list."""
+    loss_without: float
+    """Cross-entropy over the list alone."""
+    loss_with: float
+    """The same with the tail as one token."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the student gives the tail too little, surely, and is otherwise near the teacher."""
+        return self.missing > LEAST_TAIL and self.errors > CERTAIN and self.by_mass > self.within
 
 
 def tail_finding(teacher: Tensor, student: Tensor, loss: float | None) -> Finding:
     """Compare a student's log-probabilities [N, V] with a teacher's (-inf where not kept).
 
-    A student that gives the tail less than a third of what the teacher does was trained without it; so was one whose
-    `loss` (in nats per position) equals the cross-entropy over the list alone. A loss that equals the one with the tail
-    clears it: such a student is only not there yet.
+    A student was trained without the tail where it gives the tail less than the teacher does, beyond chance over the
+    positions, and where this is the larger part of its divergence: within the list it has learned what it was taught.
+    Its `loss` (nats per position), where known, tells more: equal to the cross-entropy over the list alone it proves
+    the fault, equal to that with the tail it clears it.
     """
-    if teacher.shape != student.shape or teacher.ndim != 2:
+    if teacher.shape != student.shape or teacher.ndim != 2 or len(teacher) < 2:
         shapes = f"teacher {list(teacher.shape)}, student {list(student.shape)}"
-        return skipped("teacher's tail", f"{shapes}, where both should be [N, V]")
+        return skipped(NAME, f"{shapes}, where both should be [N, V] of two or more positions")
     teacher, student = teacher.detach().double().cpu(), student.detach().double().cpu()
-    listed = _listed(teacher)
-    p, q = _with_tail(teacher, listed), _with_tail(student, listed)
-    tails = float(p[:, -1].mean()), float(q[:, -1].mean())
-    entropies = float(_entropy(p).mean()), float(_entropy(q).mean())
-    without = -(p[:, :-1] * q[:, :-1].clamp_min(1e-30).log()).sum(1).mean()
-    bucket = -(p[:, -1] * q[:, -1].clamp_min(1e-30).log()).mean()
-    known = loss is not None and float(bucket) > 10 * SAME_LOSS * float(without)
-    leaves_out = known and math.isclose(loss or 0.0, float(without), rel_tol=SAME_LOSS)
-    counts_in = known and math.isclose(loss or 0.0, float(without + bucket), rel_tol=SAME_LOSS)
-    lost = tails[1] < KEPT * tails[0] and not counts_in
-    ok = tails[0] < LEAST_TAIL or not (lost or leaves_out)
+    tails = [_compare(teacher, student, listed) for listed in _lists(teacher)]
+    tail = max(tails, key=lambda found: (found.is_lost, found.by_mass - found.within))
+    verdict = "" if loss is None else _by_loss(tail, loss)
+    lost = verdict == "without" or (tail.is_lost and verdict != "with")
+    ok = tail.teacher < LEAST_TAIL or not lost
+    entropies = [float(-(logprobs.exp() * logprobs.clamp_min(-100.0)).sum(1).mean()) for logprobs in (teacher, student)]
     measured = (
-        f"outside the teacher's list lie {tails[0]:.3g} of its mass and {tails[1]:.3g} of the student's; entropies, "
-        f"the tail as one, {entropies[0]:.3g} and {entropies[1]:.3g} nats"
+        f"outside the teacher's best {tail.size} lie {tail.teacher:.3g} of its mass and {tail.student:.3g} of the "
+        f"student's ({tail.errors:.1f} standard errors less); divergence by this {tail.by_mass:.2g} nats, within the "
+        f"list {tail.within:.2g}"
     )
+    if bool(teacher.isfinite().all()):
+        measured += f"; entropies {entropies[0]:.3g} and {entropies[1]:.3g} nats"
     if loss is not None:
-        measured += f"; the loss is {loss:.4g}, over the list alone {float(without):.4g}, "
-        measured += f"with the tail {float(without + bucket):.4g}"
-    numbers: dict[str, Any] = {"teacher_tail": tails[0], "student_tail": tails[1]}
-    numbers |= {"teacher_entropy": entropies[0], "student_entropy": entropies[1], "loss": loss}
+        measured += f"; the loss is {loss:.4g}, over the list alone {tail.loss_without:.4g}, with the tail "
+        measured += f"{tail.loss_with:.4g}"
     return Finding(
-        check="teacher's tail",
+        check=NAME,
         ok=ok,
         measured=measured,
-        expected=f"at least {KEPT:.0%} of the teacher's tail, and a loss that counts it",
+        expected="as much of the student's mass outside the list as of the teacher's, and a loss that counts it",
         fix="Add the tail bucket -(1 - sum p) log(1 - sum q) to the loss, and train again.",
         fault="" if ok else "tail-dropped",
-        numbers=numbers | {"loss_without_tail": float(without), "loss_with_tail": float(without + bucket)},
+        numbers=dataclasses.asdict(tail) | {"loss": loss},
     )
 
 
-def _listed(teacher: Tensor) -> Tensor:
-    """Return which tokens [N, V] are the teacher's list: those that were kept, or its best where all were."""
+def _by_loss(tail: Tail, loss: float) -> str:
+    """Say which cross-entropy a loss is: "with" the tail, "without", or "" where it is neither or both."""
+    if tail.loss_with - tail.loss_without < 10 * SAME_LOSS * tail.loss_without:
+        return ""
+    for name, value in (("without", tail.loss_without), ("with", tail.loss_with)):
+        if math.isclose(loss, value, rel_tol=SAME_LOSS):
+            return name
+    return ""
+
+
+def _lists(teacher: Tensor) -> list[Tensor]:
+    """Return which tokens [N, V] may be the teacher's list: those that were kept, or its best few where all were."""
     kept = teacher.isfinite()
     if not bool(kept.all()):
-        return kept
-    best = teacher.topk(min(TOP, teacher.shape[1]), dim=1).indices
-    return torch.zeros_like(kept).scatter(1, best, True)
+        return [kept]
+    sizes = [size for size in SIZES if size < teacher.shape[1]]
+    nothing = torch.zeros_like(kept)
+    return [nothing.scatter(1, teacher.topk(size, dim=1).indices, True) for size in sizes] or [kept]
 
 
-def _with_tail(logprobs: Tensor, listed: Tensor) -> Tensor:
-    """Return probabilities [N, V + 1], those outside the list gathered in the last place."""
-    listed_only = logprobs.exp() * listed
-    return torch.cat([listed_only, (1.0 - listed_only.sum(1, keepdim=True)).clamp_min(0.0)], dim=1)
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return -(probabilities * probabilities.clamp_min(1e-30).log()).sum(1)
+def _compare(teacher: Tensor, student: Tensor, listed: Tensor) -> Tail:
+    p, q = teacher.exp() * listed, student.exp() * listed
+    rest = [(1.0 - part.sum(1)).clamp(1e-12, 1.0) for part in (p, q)]
+    lists = [(1.0 - part).clamp_min(1e-12) for part in rest]
+    missing = rest[0] - rest[1]
+    error = float(missing.std()) / math.sqrt(len(missing))
+    logs = (q.clamp_min(1e-30)).log()
+    whole = (p * (p.clamp_min(1e-30).log() - logs)).sum(1) + rest[0] * (rest[0] / rest[1]).log()
+    by_mass = lists[0] * (lists[0] / lists[1]).log() + rest[0] * (rest[0] / rest[1]).log()
+    without = float(-(p * logs).sum(1).mean())
+    return Tail(
+        size=int(listed.sum(1).max()),
+        teacher=float(rest[0].mean()),
+        student=float(rest[1].mean()),
+        missing=float(missing.mean()),
+        errors=float(missing.mean()) / max(error, 1e-9),
+        by_mass=float(by_mass.mean()),
+        within=float((whole - by_mass).mean()),
+        loss_without=without,
+        loss_with=without - float((rest[0] * rest[1].log()).mean()),
+    )

@@ -10,7 +10,7 @@ from foreword.doctor.probe_training import skipped
 from foreword.doctor.subjects import Evaluation
 from foreword.errors import ForewordError
 from foreword.eval.metrics import bootstrap, get_metric, percentile_interval
-from foreword.eval.paired import compare
+from foreword.eval.paired import compare_reports
 from foreword.eval.report import EvalReport
 from foreword.eval.run import NUM_RESAMPLES, right_answers
 
@@ -41,7 +41,7 @@ def check_change(evaluation: Evaluation) -> Finding:
     if evaluation.old is None or evaluation.new is None:
         return skipped("change", "reports of the old and of the new version on the same rows")
     try:
-        result = compare(evaluation.new, evaluation.old)
+        result = compare_reports(evaluation.new, evaluation.old)
     except ForewordError as error:
         return skipped("change", error.message)
     numbers |= {"difference": result.difference, "interval": list(result.interval), "p_value": result.p_value}

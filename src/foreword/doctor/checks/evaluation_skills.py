@@ -8,7 +8,7 @@ from foreword.doctor.finding import Finding
 from foreword.doctor.probe_training import skipped
 from foreword.doctor.subjects import Evaluation
 from foreword.errors import ForewordError
-from foreword.eval.paired import compare
+from foreword.eval.paired import compare_reports
 from foreword.eval.report import EvalReport
 
 LEAST_LOSS = 0.02
@@ -74,7 +74,7 @@ def _compared(check: str, pairs: Any, words: tuple[str, str], fault: str, fix: s
 
 
 def _change(mine: EvalReport, other: EvalReport) -> dict[str, Any]:
-    result = compare(mine, other)
+    result = compare_reports(mine, other)
     low, high = result.interval
     return {
         "score": result.score_a,
