@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from foreword.advise.bases import KNOWN, find_base, from_config, from_folder, from_numbers
+from foreword.advise.bases.find import KNOWN, find_base, from_config, from_folder, from_numbers
 from foreword.core.model import FrozenModel
 from foreword.errors import ConfigError
 from tests.advise.configs import MORE, llama
@@ -260,7 +260,7 @@ def test_defaults_of_a_family_are_used_and_listed():
      ("gpt_oss", tf.GptOssConfig, "head_dim"), ("jamba", tf.JambaConfig, "num_key_value_heads")],
 )  # fmt: skip
 def test_the_defaults_are_those_of_the_library(name, config, key):
-    from foreword.advise.families import FAMILIES
+    from foreword.advise.bases.families import FAMILIES
 
     assert FAMILIES[name].defaults[key] == getattr(config(), key)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from foreword.advise.bases import KNOWN
+from foreword.advise.bases.find import KNOWN
 from foreword.advise.constraints import from_tables, load_constraints, with_overrides
 from foreword.advise.questions import questions
 from foreword.errors import ConfigError

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreword.advise import attention
-from foreword.advise.bases import KNOWN, from_config, from_numbers
-from foreword.advise.cost import COSTED, QUANTITIES, Load, method_cost
-from foreword.advise.hardware import KNOWN as HARDWARE
-from foreword.advise.hardware import Hardware, find_hardware
-from foreword.advise.quantity import human
+from foreword.advise.bases.find import KNOWN, from_config, from_numbers
+from foreword.advise.cost import attention
+from foreword.advise.cost.hardware import KNOWN as HARDWARE
+from foreword.advise.cost.hardware import Hardware, find_hardware
+from foreword.advise.cost.method_cost import COSTED, QUANTITIES, Load, method_cost
+from foreword.advise.cost.quantity import human
 from foreword.errors import ConfigError
 from tests.advise.configs import DEEPSEEK, MORE, llama
 from tests.tiny import CONFIGS, tiny

@@ -9,10 +9,10 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from foreword.advise.bases import from_config
-from foreword.advise.cost import Load, method_cost
-from foreword.advise.hardware import KNOWN as HARDWARE
-from foreword.advise.parameters import lora_width
+from foreword.advise.bases.find import from_config
+from foreword.advise.cost.hardware import KNOWN as HARDWARE
+from foreword.advise.cost.method_cost import Load, method_cost
+from foreword.advise.cost.parameters import lora_width
 from foreword.core.compile import compile
 from foreword.core.prompt import SoftKV, SoftPrefix, SoftPrompt
 from tests.advise.configs import MORE

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from foreword.advise.bases import KNOWN
+from foreword.advise.bases.find import KNOWN
 from foreword.advise.constraints import check_contradictions
 from foreword.advise.decide import decide
 from foreword.advise.effects import effects_of

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from foreword.advise.cost import COSTED
-from foreword.advise.feasible import IMPORTS_KV
+from foreword.advise.cost.feasible import IMPORTS_KV
+from foreword.advise.cost.method_cost import COSTED
 from foreword.advise.methods import METHODS, SURFACES
 
 

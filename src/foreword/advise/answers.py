@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from foreword.advise.bases import KNOWN
+from foreword.advise.bases.find import KNOWN
 from foreword.advise.constraints import DEFAULT_HARDWARE, from_tables, read_value
-from foreword.advise.hardware import find_hardware
+from foreword.advise.cost.hardware import find_hardware
 from foreword.advise.questions import UNIT_MEANS, Question, questions
 from foreword.errors import ConfigError
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foreword.advise.bases import KNOWN, BaseShape, from_folder, from_numbers
-from foreword.advise.hardware import Hardware, find_hardware
+from foreword.advise.bases.find import KNOWN, BaseShape, from_folder, from_numbers
+from foreword.advise.cost.hardware import Hardware, find_hardware
 from foreword.advise.questions import (
     TABLES,
     UNIT_MEANS,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from foreword.advise.constraints import Constraints
-from foreword.advise.cost import Load, MethodCost, method_cost
+from foreword.advise.cost.method_cost import Load, MethodCost, method_cost
 from foreword.advise.methods import METHODS, Method
 
 PROMPTS = ("prompt", "compiled_prompt")

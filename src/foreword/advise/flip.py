@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foreword.advise.bases import KNOWN
+from foreword.advise.bases.find import KNOWN
 from foreword.advise.constraints import Constraints, check_contradictions
 from foreword.advise.decide import Decision, decide
 from foreword.advise.effects import FEW_ROWS, Effects

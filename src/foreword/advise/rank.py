@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from foreword.advise.constraints import Constraints
+from foreword.advise.cost.quantity import Unit, human
 from foreword.advise.effects import Effects
 from foreword.advise.methods import Method
-from foreword.advise.quantity import Unit, human
 
 Criterion = Literal["storage", "latency", "wire", "context", "updates", "operations", "audit"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from foreword.advise.constraints import Constraints
+from foreword.advise.cost.quantity import human
 from foreword.advise.effects import FEW_ROWS, SHORTEST_CONTEXT, VECTORS, Effects
-from foreword.advise.quantity import human
 from foreword.advise.questions import SURFACE_MEANS, SURFACES
 
 REACH = {

@@ -13,9 +13,10 @@ from foreword.doctor.subjects import Evaluation
 from foreword.eval.paired import compare_reports
 from foreword.eval.report import EvalReport
 from foreword.eval.tasks import Row
+from tests.doctor.lab.distillation_plants import distilled, overconfident
 from tests.doctor.lab.evaluations import Speaker, make_rows, report, said, train, trained
 from tests.doctor.lab.plant import Plant
-from tests.doctor.lab.training_plants import PAIRS, distilled, overconfident
+from tests.doctor.lab.trainers import PAIRS
 from tests.tiny import tiny
 
 NAMES = ("llama", "gpt2", "qwen3")

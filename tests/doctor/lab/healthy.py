@@ -18,9 +18,9 @@ from foreword.doctor.subjects import Evaluation, Implementation, TrainingRun
 from foreword.doctor.training_subjects import from_fit, from_peft_training
 from tests.bundled import bundled
 from tests.doctor.lab.artefact_plants import Filed, check_filed, spoken, written
+from tests.doctor.lab.distillation_plants import Distilled, distilled
 from tests.doctor.lab.evaluation_plants import resampled
 from tests.doctor.lab.evaluations import Speaker, make_rows, said, trained
-from tests.doctor.lab.handmade import HandStacked
 from tests.doctor.lab.materials import (
     ROUNDING,
     P,
@@ -34,8 +34,8 @@ from tests.doctor.lab.materials import (
 )
 from tests.doctor.lab.peft_models import peft_by_row, wrapped
 from tests.doctor.lab.plant import Healthy
+from tests.doctor.lab.stacked import HandStacked
 from tests.doctor.lab.trainers import Trainer, batch_of, histories
-from tests.doctor.lab.training_plants import Distilled, distilled
 from tests.tiny import NAMES, tiny
 
 WINDOWS = ("mistral-window", "gemma2", "gemma3")

@@ -10,9 +10,10 @@ import torch
 
 from foreword.core.prompt import SoftKV, SoftPrefix, SoftPrompt
 from foreword.doctor.subjects import Implementation
-from tests.doctor.lab.handmade import HandKV, HandPrefix, HandPrompt, HandStacked
+from tests.doctor.lab.handmade import HandKV, HandPrefix, HandPrompt
 from tests.doctor.lab.materials import differs, private, subject, vectors_for, worst
 from tests.doctor.lab.plant import Plant
+from tests.doctor.lab.stacked import HandStacked
 from tests.tiny import tiny
 
 

@@ -7,9 +7,12 @@ from typing import Any
 from tests.doctor.lab import (
     artefact_plants,
     cache_plants,
+    distillation_plants,
     evaluation_plants,
+    label_plants,
     layer_plants,
     number_plants,
+    record_plants,
     sequence_plants,
     serving_plants,
     training_plants,
@@ -25,6 +28,9 @@ LOCAL: list[Plant] = [
     *number_plants.PLANTS,
     *serving_plants.PLANTS,
     *training_plants.PLANTS,
+    *label_plants.PLANTS,
+    *record_plants.PLANTS,
+    *distillation_plants.PLANTS,
     *evaluation_plants.PLANTS,
     *artefact_plants.PLANTS,
 ]

@@ -19,6 +19,8 @@ from tests.tiny import tiny
 P = 8
 LENGTH = 10
 ANSWERS = (11, 12, 13)
+PAIRS = [("llama", "prompt"), ("gpt2", "prompt"), ("qwen3", "kv"), ("gpt2", "kv")]
+"""Architectures and methods that faults of training are planted in."""
 SANE = 0.03
 """Of the vectors' root mean square: what AdamW moves each number by in a step."""
 

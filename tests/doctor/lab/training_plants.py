@@ -1,4 +1,4 @@
-"""Faults of training: labels, what trains, how far a step goes, and what the run's records tell."""
+"""Faults of training: what trains, and how far a step goes."""
 
 from __future__ import annotations
 
@@ -7,26 +7,21 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foreword.doctor.subjects import TrainingRun
 from tests.doctor.lab.plant import Plant
 from tests.doctor.lab.trainers import (
-    LENGTH,
+    PAIRS,
     SANE,
     P,
     Trainer,
     Tuned,
-    batch_of,
     histories,
-    plain_labels,
-    shifted_loss,
 )
 from tests.tiny import tiny
 
 STEPS = 40
-PAIRS = [("llama", "prompt"), ("gpt2", "prompt"), ("qwen3", "kv"), ("gpt2", "kv")]
 
 
 @cache
@@ -76,76 +71,6 @@ def learns_less(name: str, method: str, margin: float = 0.3) -> Callable[[Traine
         return trainer.judge() - sane_loss(name, method), margin
 
     return proof
-
-
-# Labels
-
-
-def told_wrong(trainer: Trainer) -> tuple[float, float]:
-    """Proof: logits that know each next token of [vectors ; text] for certain still get a loss from this trainer."""
-    ids, _ = batch_of(0)
-    whole = torch.cat([torch.full((len(ids), P), 98), ids], dim=1)  # no token stands at the vectors' places
-    best = torch.roll(whole, -1, 1)
-    logits = torch.nn.functional.one_hot(best, 99).float()[..., :97] * 50
-    return float(trainer.compute_loss(logits, trainer.labels(ids, trainer.num_front))), 1.0
-
-
-def zeros_in_front(ids: Tensor, num: int) -> Tensor:
-    """Labels filled up with the padding id, which the loss counts."""
-    labels = plain_labels(ids, num)
-    labels[:, :num] = 0
-    return labels
-
-
-def too_late(ids: Tensor, num: int) -> Tensor:
-    """Labels moved one place to the right by hand, although the loss moves them, too."""
-    labels = torch.full((len(ids), num + ids.shape[1]), -100)
-    labels[:, num + LENGTH - 2] = ids[:, -1]
-    return labels
-
-
-def whole_text(ids: Tensor, num: int) -> Tensor:
-    """Labels of all of the text, filled up behind instead of in front: each stands P places early."""
-    labels = torch.full((len(ids), num + ids.shape[1]), -100)
-    labels[:, : ids.shape[1]] = ids
-    return labels
-
-
-def text_alone(ids: Tensor, num: int) -> Tensor:
-    """Labels of the text alone, as long as the text."""
-    return plain_labels(ids, 0)
-
-
-def front_cut_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits fitted to the labels by dropping the last ones."""
-    return shifted_loss(logits[:, : labels.shape[1]], labels)
-
-
-def unshifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each label by the logits of its own place, which have seen it."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-
-
-def labels_misaligned() -> Iterator[Plant]:
-    """Labels that count the vectors' places, or stand beside their logits."""
-    makers: dict[str, dict[str, Any]] = {
-        "zeros over the vectors": {"labels": zeros_in_front},
-        "moved twice": {"labels": too_late},
-        "filled up behind": {"labels": whole_text},
-        "logits cut behind": {"labels": text_alone, "loss": front_cut_loss},
-        "not moved": {"loss": unshifted_loss},
-    }
-    for name in ("llama", "gpt2", "qwen3"):
-        for variant, switches in makers.items():
-            yield plant(
-                "labels-misaligned",
-                name,
-                "prompt",
-                variant,
-                lambda name=name, switches=switches: Trainer(name, **switches),  # type: ignore[misc]
-                told_wrong,
-                cheap=name == "llama" and variant in ("zeros over the vectors", "moved twice"),
-            )
 
 
 # What trains
@@ -404,182 +329,11 @@ def random_init() -> Iterator[Plant]:
         )
 
 
-# Records
-
-
-class FewRows(Trainer):
-    """A run over the same few rows again and again, with answers that follow no rule: nothing to learn but the rows."""
-
-    def batch(self, seed: int) -> Tensor:
-        """Return four rows with drawn answers."""
-        ids, _ = batch_of(seed, 4)
-        drawn = torch.randint(0, 20, (4,), generator=torch.Generator().manual_seed(seed))
-        ids[:, -1] = drawn
-        return ids
-
-    def step(self) -> float:
-        """Take a step on the four rows."""
-        self.optimizer.zero_grad()
-        loss = self.loss_on(self.batch(0))
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.taken += 1
-        return float(loss.detach())
-
-    def run_watched(self, steps: int, every: int = 10) -> None:
-        """Take steps; keep the loss on rows of the same kind that are not trained on."""
-        for _ in range(steps):
-            loss = self.step()
-            self.history.append({"step": self.taken, "train_loss": loss, "lr": self.lr})
-            if self.taken % every == 0:
-                with torch.no_grad():
-                    self.history[-1]["dev_loss"] = float(
-                        torch.stack([self.loss_on(self.batch(seed)) for seed in (1, 2, 3, 4)]).mean()
-                    )
-
-
-@cache
-def overtrained(name: str, method: str) -> FewRows:
-    """Return a run that went on long after the dev loss had turned."""
-    trainer = FewRows(name, method, relative_lr=0.3)
-    trainer.run_watched(120)
-    return trainer
-
-
-def dev_rises(trainer: Trainer) -> tuple[float, float]:
-    """Proof: the last dev loss lies above the best, while the training loss fell."""
-    dev = [record["dev_loss"] for record in trainer.history if "dev_loss" in record]
-    fell = trainer.history[-1]["train_loss"] < 0.7 * trainer.history[0]["train_loss"]
-    return (dev[-1] - min(dev)) * fell, 0.2
-
-
-def overfit() -> Iterator[Plant]:
-    """Real runs over four rows, far past their best."""
-    for name, method in (("llama", "prompt"), ("llama", "kv"), ("gpt2", "kv"), ("qwen3", "kv")):
-        yield Plant(
-            fault="overfit",
-            architecture=name,
-            make=lambda name=name, method=method: overtrained(name, method).subject(),  # type: ignore[misc]
-            variant=f"{method} four rows, 120 steps",
-            proof=lambda _, name=name, method=method: dev_rises(overtrained(name, method)),  # type: ignore[misc]
-        )
-
-
-def half_precision(trainer: Trainer) -> tuple[float, float]:
-    """Proof: the vectors or the loss are not finite."""
-    with torch.no_grad():
-        loss = trainer.loss_on(batch_of(0)[0])
-    finite = bool(loss.isfinite()) and bool(trainer.model.vectors.isfinite().all())
-    return float(not finite), 0.5
-
-
-def not_finite() -> Iterator[Plant]:
-    """A run that went on after a NaN."""
-    for name, method in PAIRS[:3]:
-
-        def poisoned(name: str = name, method: str = method) -> Trainer:
-            trainer = Trainer(name, method)
-            trainer.run(3)
-            with torch.no_grad():
-                trainer.model.vectors[2, 3] = float("nan")
-            return trainer
-
-        yield plant("not-finite", name, method, "one NaN", poisoned, half_precision, cheap=name == "llama")
-
-
-# Distillation
-
-
-class Distilled(Trainer):
-    """A student with vectors in the place of a context, trained toward the teacher's most probable tokens."""
-
-    def __init__(self, name: str, method: str, *, top: int = 4, tail: bool = False) -> None:
-        super().__init__(name, method, relative_lr=0.1)
-        self.top, self.tail = top, tail
-        generator = torch.Generator().manual_seed(77)
-        context = torch.randint(20, 97, (1, 12), generator=generator)
-        self.ids = torch.randint(20, 97, (6, LENGTH), generator=generator)
-        with torch.no_grad():
-            whole = torch.cat([context.expand(6, -1), self.ids], dim=1)
-            logits = self.base.model(input_ids=whole).logits[:, -4:]
-        self.teacher = torch.log_softmax(logits.float(), -1).flatten(0, 1)
-        self.kept = torch.full_like(self.teacher, float("-inf"))
-        best = self.teacher.topk(top).indices
-        self.kept.scatter_(1, best, self.teacher.gather(1, best))
-
-    def student(self) -> Tensor:
-        """Return the student's log-probabilities at the teacher's places."""
-        return torch.log_softmax(self.model(self.ids)[:, -4:].float(), -1).flatten(0, 1)
-
-    def distil_loss(self) -> Tensor:
-        """Return the cross entropy over the kept tokens, with a bucket for the others or without."""
-        student, known = self.student(), self.kept.isfinite()
-        shares = self.kept.exp()
-        loss = -(shares * student.masked_fill(~known, 0.0)).sum(-1)
-        if self.tail:
-            rest = 1 - shares.sum(-1)
-            loss = loss - rest * torch.log1p(-(student.exp() * known).sum(-1).clamp(max=1 - 1e-6))
-        return loss.mean()
-
-    def step(self) -> float:
-        """Take a step."""
-        self.optimizer.zero_grad()
-        loss = self.distil_loss()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.taken += 1
-        return float(loss.detach())
-
-    def subject(self, **more: Any) -> TrainingRun:
-        """Hand the distillation over."""
-        given = {
-            "labels": None,
-            "input_ids": None,
-            "logits": None,
-            "loss": self.distil_loss,
-            "teacher_logprobs": self.kept,
-            "student_logprobs": self.student,
-        }
-        return super().subject(**{**given, **more})
-
-
-@cache
-def distilled(name: str, method: str, tail: bool) -> Distilled:
-    """Return a distillation after 150 real steps."""
-    trainer = Distilled(name, method, tail=tail)
-    trainer.run(150)
-    return trainer
-
-
-def overconfident(trainer: Distilled) -> tuple[float, float]:
-    """Proof: the student is surer than the teacher, in nats of entropy; with a tail it is so by 0.06 at most."""
-    with torch.no_grad():
-        student = trainer.student()
-    entropies = [-(row.exp() * row).sum(-1).mean() for row in (trainer.teacher, student)]
-    return float(entropies[0] - entropies[1]), 0.1
-
-
-def tail_dropped() -> Iterator[Plant]:
-    """Cross entropy over the top four alone."""
-    for name, method in PAIRS:
-        yield Plant(
-            fault="tail-dropped",
-            architecture=name,
-            make=lambda name=name, method=method: distilled(name, method, False).subject(),  # type: ignore[misc]
-            variant=f"{method} top 4 of 97",
-            proof=lambda _, name=name, method=method: overconfident(distilled(name, method, False)),  # type: ignore[misc]
-        )
-
-
 PLANTS = [
-    *labels_misaligned(),
     *base_trainable(),
     *rows_frozen(),
     *checkpointing(),
     *learning_rate(),
     *updates_swallowed(),
     *random_init(),
-    *overfit(),
-    *not_finite(),
-    *tail_dropped(),
 ]

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from foreword.advise.cost.quantity import human
 from foreword.advise.decide import Decision
 from foreword.advise.essay.words import amount, hours, noun
 from foreword.advise.flip import Flip
-from foreword.advise.quantity import human
 from foreword.advise.questions import questions
 from foreword.report import Block, Bullets, Section, Table, Text
 

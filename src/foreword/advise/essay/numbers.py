@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foreword.advise.cost import QUANTITIES
+from foreword.advise.cost.method_cost import QUANTITIES
 from foreword.advise.decide import Decision, Standing
 from foreword.advise.essay.words import amount, hours, joined, noun, number, quantity, time
 from foreword.advise.methods import METHODS

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from foreword.advise.cost.quantity import human
 from foreword.advise.decide import Decision, Standing
 from foreword.advise.effects import DEEP, PROMPTS, TEXT, VECTORS
 from foreword.advise.essay.words import amount, capital, counted, hours, joined, noun, number, quantity, spelled, time
 from foreword.advise.methods import METHODS
-from foreword.advise.quantity import human
 from foreword.advise.questions import SURFACES
 from foreword.advise.rank import differences
 from foreword.advise.rules import REACH, REACH_MEANS

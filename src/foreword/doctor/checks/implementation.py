@@ -15,6 +15,7 @@ from foreword.doctor.checks.implementation_effect import (
     check_positions,
     check_probes,
     check_rotation,
+    check_weights,
     check_window,
 )
 from foreword.doctor.checks.implementation_form import (
@@ -49,6 +50,7 @@ CHECKS: tuple[Callable[[Measurements], Finding], ...] = (
     check_base,
     check_repeats,
     check_requests,
+    check_weights,
     check_sequence_lengths,
     check_logit_rows,
     check_effect,

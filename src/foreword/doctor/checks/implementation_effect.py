@@ -244,6 +244,30 @@ def _from_the_start(m: Measurements) -> bool:
     return float(m.difference[starts].max()) > 0.01 * float(m.difference.max())
 
 
+def check_weights(m: Measurements) -> Finding:
+    """Vectors belong to one base, bit for bit of its training: refuse another revision, or one with an adapter merged.
+
+    Weights that are roundings of the base's (8 bits, bfloat16) change it little, and are a question of numerics. Others
+    are another base, however alike the names.
+    """
+    found = m.weights
+    if found is None:
+        return skipped("weights", "`model` with parameters named as the base's")
+    measured = f"{found.num_different} of {found.num_compared} tensors differ from the base's"
+    numbers = {"different": found.num_different, "compared": found.num_compared, "error": found.error}
+    if found.num_different:
+        measured += f", {found.name} most, by {found.error:.2g} of its norm"
+        measured += ", as a rounding of it" if found.is_rounded else ""
+    other = found.num_different > 0 and not found.is_rounded
+    fix = (
+        "Run the revision that the vectors were trained for (its fingerprint is in the artefact), or train them again."
+    )
+    return Finding(
+        check="weights", ok=not other, fault="other-base" if other else "", measured=measured, numbers=numbers,
+        expected="the base's weights", fix=fix if other else "",
+    )  # fmt: skip
+
+
 def check_probes(m: Measurements) -> Finding:
     """Probes stored where the vectors were trained must come out the same here.
 
@@ -274,8 +298,9 @@ def check_probes(m: Measurements) -> Finding:
                     check="probes", ok=False, fault="keys-misrotated", measured=measured, expected=expected, fix=fix,
                     numbers=numbers,
                 )  # fmt: skip
-    mild = result.mean_kl <= MILD * float(m.effect.mean())
-    fault = ("numerics" if mild else "other-base") if m.conforms else ""
+    fault = ""
+    if m.conforms is not False:
+        fault = "numerics" if result.max_kl <= m.coarse_noise else "other-base"
     fix = "Compare base revision, dtype and versions with those of training; the artefact's fingerprint names them."
     return Finding(
         check="probes", ok=False, fault=fault, measured=result.message, expected=expected, fix=fix, numbers=numbers

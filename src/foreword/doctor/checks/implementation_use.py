@@ -120,6 +120,14 @@ def check_generation(m: Measurements) -> Finding:
     if m.subject.generate is None:
         return skipped("generation", "`generate`")
     fix = "Put the vectors in at the prefill only and hand the cache on; count the keys that a decode step sees."
+    extra = use.extra_keys(m)
+    if extra and len(set(extra)) > 1:
+        shown = ", ".join(map(str, extra))
+        return Finding(
+            check="generation", ok=False, fault="injected-again", fix=fix, numbers={"extra_keys": extra},
+            measured=f"keys that a step sees beside those of the text so far, step by step: {shown}",
+            expected="the same number at each step",
+        )  # fmt: skip
     runs = [use.judged(m, row, tokens) for row, tokens in zip(m.rows, m.generated, strict=True)]
     gaps = [max(step) for step in zip(*(run.gaps for run in runs), strict=True)]
     wrong = [step for step, gap in enumerate(gaps) if gap > m.tolerance.tie]
@@ -154,6 +162,13 @@ def check_turns(m: Measurements) -> Finding:
     worst = float(divergences(whole[None], found[None]).max())
     ok = worst <= m.tolerance.max_kl
     measured = f"KL of two turns to the same text in one: {worst:.2g}"
+    if not ok and _short_turns_hold(m):
+        measured += f" ({len(first)} and {len(second)} tokens); two turns of 2 tokens agree"
+        return Finding(
+            check="turns", ok=False, fault="window-eviction", measured=measured, numbers={"max_kl": worst},
+            expected="the same at any length",
+            fix="Keep the prefix's positions in the cache for good; a rolling cache drops the oldest first.",
+        )  # fmt: skip
     if not ok:
         measured += _what_turns_did(m, found)
     return Finding(
@@ -165,6 +180,12 @@ def check_turns(m: Measurements) -> Finding:
 def _one_turn_holds(m: Measurements) -> bool:
     found = use.after_turns(m, [m.rows[0]])
     return float(divergences(m.single[0][-1:], found[None]).max()) <= m.tolerance.max_kl
+
+
+def _short_turns_hold(m: Measurements) -> bool:
+    first, second = m.rows[0][:2], m.rows[1][:2]
+    found = use.after_turns(m, [first, second])
+    return float(divergences(m.run([[*first, *second]])[0][-1:], found[None]).max()) <= m.tolerance.max_kl
 
 
 def _what_turns_did(m: Measurements, found: Tensor) -> str:

@@ -19,6 +19,7 @@ from foreword.doctor.probe.attention import AttentionCall, AttentionWatch
 from foreword.doctor.probe.layers import LayerPass, find_layers, foreign_rows, layers_watched
 from foreword.doctor.probe.logits import LENGTHS, ProbeFailed, divergences, generate_rows, run_rows, text_rows
 from foreword.doctor.probe.state import tensors_sha256
+from foreword.doctor.probe.weights import WeightDifference, weight_difference
 from foreword.doctor.subjects import Implementation
 from foreword.errors import ForewordError
 
@@ -88,6 +89,18 @@ class Measurements:
         # of two distributions at KL d, log-probabilities differ by about sqrt(2 d); the best of many by some times that
         tie = min(table.tie, max(1e-4, SAFETY * (2 * allowed) ** 0.5))
         return Tolerance(max_kl=allowed, mean_kl=allowed, tie=tie)
+
+    @cached_property
+    def coarse_noise(self) -> float:
+        """Largest divergence that rounding to bfloat16 makes on this base and these rows, with its margin, in nats."""
+        exact = self.plain if self.expected is None else self.expected
+        shaken = reference.rounding_noise(self.base, self.rows, self.prefix, eps=float(torch.finfo(torch.bfloat16).eps))
+        return SAFETY * max(float(divergences(a, b).max()) for a, b in zip(exact, shaken, strict=True))
+
+    @cached_property
+    def weights(self) -> WeightDifference | None:
+        """How far the model's weights lie from the base's; None where they cannot be compared."""
+        return weight_difference(self.subject.model, self.base.model)
 
     @property
     def _dtype(self) -> str:

@@ -25,13 +25,15 @@ def reference_logits(base: FrozenModel, rows: Sequence[Sequence[int]], prefix: K
         return [forward_rows(base, [row], [prefix])[0].float() for row in rows]
 
 
-def rounding_noise(base: FrozenModel, rows: Sequence[Sequence[int]], prefix: KVPrefix | None) -> list[Tensor]:
+def rounding_noise(
+    base: FrozenModel, rows: Sequence[Sequence[int]], prefix: KVPrefix | None, eps: float | None = None
+) -> list[Tensor]:
     """Return the reference's logits with every layer's input rounded otherwise, by one last place at most.
 
-    It is what another kernel, batch shape or order of sums does to this base in its dtype.
+    It is what another kernel, batch shape or order of sums does to this base in its dtype; `eps` is one unit.
     """
     generator = torch.Generator().manual_seed(0)
-    eps = float(torch.finfo(base.dtype).eps)
+    eps = float(torch.finfo(base.dtype).eps) if eps is None else eps
 
     def shake(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foreword.doctor.probe.attention import AttentionWatch
-from foreword.doctor.probe.logits import ProbeFailed, Side, divergences, run_rows
+from foreword.doctor.probe.logits import NEW_TOKENS, ProbeFailed, Side, divergences, generate_rows, run_rows
 from foreword.doctor.probe.measurements import Measurements
 
 
@@ -45,6 +45,21 @@ class Generated:
 
     tokens: list[int]
     gaps: list[float]
+
+
+def extra_keys(m: Measurements) -> list[int]:
+    """Return how many keys each step of a generation sees beside those of the text so far, in a full-attention layer.
+
+    [] where the steps cannot be told apart: unless there is one forward per new token.
+    """
+    full = [index for index, layer in enumerate(m.base.spec.layers) if layer.window is None]
+    with AttentionWatch() as watch:
+        generate_rows(m.subject.generate, m.base, m.rows[:1])
+    count = m.base.spec.num_layers
+    if not full or len(watch.calls) != count * NEW_TOKENS:
+        return []
+    calls = watch.calls[full[0] :: count]
+    return [int(call.visible[0, -1].sum()) - len(m.rows[0]) - step for step, call in enumerate(calls)]
 
 
 def judged(m: Measurements, row: Sequence[int], tokens: Sequence[int]) -> Generated:

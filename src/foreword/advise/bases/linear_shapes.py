@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from foreword.advise.config_sizes import Sizes
-from foreword.advise.families import STATE_MODELS
-from foreword.advise.shapes import LayerShape, Linear, LinearPart
-from foreword.advise.state_shapes import StateSizes
+from foreword.advise.bases.config_sizes import Sizes
+from foreword.advise.bases.families import STATE_MODELS
+from foreword.advise.bases.shapes import LayerShape, Linear, LinearPart
+from foreword.advise.bases.state_shapes import StateSizes
 
 
 def read_linears(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foreword.advise.families import STATE_MODELS
-from foreword.advise.load import Load
-from foreword.advise.quantity import show_number
-from foreword.advise.shapes import BaseShape, LayerShape, LinearPart
+from foreword.advise.bases.families import STATE_MODELS
+from foreword.advise.bases.shapes import BaseShape, LayerShape, LinearPart
+from foreword.advise.cost.load import Load
+from foreword.advise.cost.quantity import show_number
 
 LORA_PARTS: tuple[LinearPart, ...] = ("attention", "mlp", "shared_expert", "state", "projection")
 """The linear maps that carry LoRA: all but experts, routers and the head. PEFT 0.21 with `target_modules="all-linear"`

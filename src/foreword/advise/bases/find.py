@@ -8,9 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from foreword.advise.config_shapes import shape_from_config
-from foreword.advise.number_shapes import shape_from_numbers
-from foreword.advise.shapes import BaseShape, LayerShape, Linear
+from foreword.advise.bases.config_shapes import shape_from_config
+from foreword.advise.bases.number_shapes import shape_from_numbers
+from foreword.advise.bases.shapes import BaseShape, LayerShape, Linear
 from foreword.errors import ConfigError, nearest
 
 __all__ = ["KNOWN", "BaseShape", "LayerShape", "Linear", "find_base", "from_config", "from_folder", "from_numbers"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from foreword.advise.shapes import LinearPart
+from foreword.advise.bases.shapes import LinearPart
 
 ALL_LINEAR: tuple[LinearPart, ...] = ("attention", "mlp", "expert", "shared_expert", "state", "projection")
 """What quantisation changes in general; embeddings, head, routers and norms stay in 16 bits."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foreword.advise.config_sizes import Sizes
-from foreword.advise.families import FAMILIES, STATE_MODELS
-from foreword.advise.shapes import LayerKind, LayerShape
-from foreword.advise.state_shapes import StateSizes
+from foreword.advise.bases.config_sizes import Sizes
+from foreword.advise.bases.families import FAMILIES, STATE_MODELS
+from foreword.advise.bases.shapes import LayerKind, LayerShape
+from foreword.advise.bases.state_shapes import StateSizes
 from foreword.errors import ConfigError
 
 STATE_WORDS = ("linear", "mamba", "conv", "recurrent", "ssm")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from foreword.advise.load import Load
-from foreword.advise.shapes import BaseShape
+from foreword.advise.bases.shapes import BaseShape
+from foreword.advise.cost.load import Load
 
 IMPORTS_KV = ("prefix", "kv", "compiled_prompt", "cartridge")
 """Methods that stand in the cache as positions computed before."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foreword.advise.attention import cross_flops, is_cut, own_flops
-from foreword.advise.hardware import Hardware
-from foreword.advise.load import Load
-from foreword.advise.parameters import Trained
-from foreword.advise.quantity import Quantity, quantity, show_number
-from foreword.advise.shapes import BaseShape
+from foreword.advise.bases.shapes import BaseShape
+from foreword.advise.cost.attention import cross_flops, is_cut, own_flops
+from foreword.advise.cost.hardware import Hardware
+from foreword.advise.cost.load import Load
+from foreword.advise.cost.parameters import Trained
+from foreword.advise.cost.quantity import Quantity, quantity, show_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

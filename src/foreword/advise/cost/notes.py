@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from foreword.advise.attention import reach_tokens
-from foreword.advise.feasible import IMPORTS_KV
-from foreword.advise.hardware import Hardware
-from foreword.advise.load import Load
-from foreword.advise.parameters import lora_width
-from foreword.advise.quantity import human
-from foreword.advise.shapes import BaseShape
+from foreword.advise.bases.shapes import BaseShape
+from foreword.advise.cost.attention import reach_tokens
+from foreword.advise.cost.feasible import IMPORTS_KV
+from foreword.advise.cost.hardware import Hardware
+from foreword.advise.cost.load import Load
+from foreword.advise.cost.parameters import lora_width
+from foreword.advise.cost.quantity import human
 
 TRAINING_BYTES_PER_PARAMETER = 16
 """Full fine-tuning with Adam in mixed precision: weight and gradient in 16 bits, master copy and two moments in 32."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from foreword.advise.families import Family, Switch
+from foreword.advise.bases.families import Family, Switch
 from foreword.errors import ConfigError
 
 NAMES: Mapping[str, tuple[str, ...]] = {

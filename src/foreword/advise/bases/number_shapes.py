@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from foreword.advise.config_shapes import shape_from_config
-from foreword.advise.quantisation import ALL_LINEAR
-from foreword.advise.shapes import BaseShape
+from foreword.advise.bases.config_shapes import shape_from_config
+from foreword.advise.bases.quantisation import ALL_LINEAR
+from foreword.advise.bases.shapes import BaseShape
 from foreword.errors import ConfigError, did_you_mean
 
 KEYS: Mapping[str, str] = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from foreword.advise.config_sizes import Sizes
-from foreword.advise.families import FAMILIES, LLAMA, NOT_DECODERS, STATE_MODELS
-from foreword.advise.layer_shapes import read_layers
-from foreword.advise.linear_shapes import dense_ffn, read_linears
-from foreword.advise.quantisation import read_weight_bits
-from foreword.advise.shapes import BaseShape, LayerShape
-from foreword.advise.state_shapes import StateSizes, state_sizes
+from foreword.advise.bases.config_sizes import Sizes
+from foreword.advise.bases.families import FAMILIES, LLAMA, NOT_DECODERS, STATE_MODELS
+from foreword.advise.bases.layer_shapes import read_layers
+from foreword.advise.bases.linear_shapes import dense_ffn, read_linears
+from foreword.advise.bases.quantisation import read_weight_bits
+from foreword.advise.bases.shapes import BaseShape, LayerShape
+from foreword.advise.bases.state_shapes import StateSizes, state_sizes
 from foreword.errors import ConfigError
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foreword.advise.attention import cross_attention, read_elements
-from foreword.advise.cost_notes import cost_notes
-from foreword.advise.feasible import IMPORTS_KV, impossible, layer_without_form
-from foreword.advise.hardware import Hardware
-from foreword.advise.load import Load
-from foreword.advise.parameters import Trained, kv_numbers, trained
-from foreword.advise.quantity import Quantity, quantity, show_number
-from foreword.advise.shapes import BaseShape
-from foreword.advise.training_cost import training_quantities
+from foreword.advise.bases.shapes import BaseShape
+from foreword.advise.cost.attention import cross_attention, read_elements
+from foreword.advise.cost.feasible import IMPORTS_KV, impossible, layer_without_form
+from foreword.advise.cost.hardware import Hardware
+from foreword.advise.cost.load import Load
+from foreword.advise.cost.notes import cost_notes
+from foreword.advise.cost.parameters import Trained, kv_numbers, trained
+from foreword.advise.cost.quantity import Quantity, quantity, show_number
+from foreword.advise.cost.training import training_quantities
 from foreword.errors import ConfigError, did_you_mean
 
 __all__ = ["QUANTITIES", "Load", "MethodCost", "Quantity", "method_cost"]

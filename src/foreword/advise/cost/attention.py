@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from foreword.advise.quantity import Quantity, quantity, show_number
-from foreword.advise.shapes import BaseShape, LayerShape
+from foreword.advise.bases.shapes import BaseShape, LayerShape
+from foreword.advise.cost.quantity import Quantity, quantity, show_number
 
 
 def pairs_within(length: int, window: int | None = None) -> int:
