@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -35,7 +36,14 @@ class VLLM:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.port = 0
+        self.seen: list[psutil.Process] = []
         self.process = self._start()
+
+    def __enter__(self) -> VLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     @property
     def url(self) -> str:
@@ -55,7 +63,9 @@ class VLLM:
     def tree(self) -> list[psutil.Process]:
         """Return its processes, the front end first."""
         front = psutil.Process(self.process.pid)
-        return [front, *front.children(recursive=True)]
+        found = [front, *front.children(recursive=True)]
+        self.seen += found
+        return found
 
     def kill(self, only: str = "") -> None:
         """SIGKILL all of its processes, or the one of this name."""
@@ -65,10 +75,18 @@ class VLLM:
         if not only:
             self.process.wait()
 
-    def restart(self) -> None:
-        for each in self.tree() if self.process.popen.poll() is None else ():
-            os.kill(each.pid, signal.SIGKILL)
+    def end(self) -> None:
+        """Kill all of its processes, also those that outlived their parents."""
+        if self.process.popen.poll() is None:
+            self.tree()
+        for each in self.seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        self.seen.clear()
         self.process.wait()
+
+    def restart(self) -> None:
+        self.end()
         self.process = self._start()
 
 
@@ -76,9 +94,8 @@ class VLLM:
 def test_vllm_killed_in_the_middle_of_answers_and_of_loads(tmp_path: Path) -> None:
     """Proves: open answers end with an error and not with less text; what vLLM has on disk after a SIGKILL in the
     middle of its loads is whole or not used; the gateway finds it again, and its answers are right."""
-    with staged(tmp_path) as stage:
+    with staged(tmp_path) as stage, VLLM(stage) as server:
         versions = {task: stage.publish(task) for task in TASKS}
-        server = VLLM(stage)
         alone = Engine(demo_base(), kv_memory="64MiB")
         expected = {}
         for task, version in versions.items():
