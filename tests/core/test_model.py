@@ -5,6 +5,7 @@ import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM
 
+from foreword.core import model as core_model
 from foreword.core.compile import compile
 from foreword.core.forward import forward
 from foreword.core.model import FrozenModel, load_base
@@ -141,3 +142,14 @@ def test_forward_takes_ragged_rows_and_no_prefix():
     together = forward(base, rows)
     for index, row in enumerate(rows):
         torch.testing.assert_close(together[index, : len(row)], forward(base, [row])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_auto_is_float32_where_the_cpu_has_no_16_bit_products(monkeypatch):
+    found = {}
+    for fast in (True, False):
+        monkeypatch.setattr(core_model, "has_fast_products", lambda dtype, fast=fast: fast or dtype == torch.float32)
+        for dtype in ("auto", "checkpoint", "bfloat16", "float32"):
+            found[fast, dtype] = load_base(str(BASE), dtype=dtype).dtype
+    assert found[True, "auto"] == found[True, "checkpoint"] == found[False, "checkpoint"] == torch.bfloat16
+    assert found[False, "bfloat16"] == torch.bfloat16
+    assert found[False, "auto"] == found[True, "float32"] == torch.float32

@@ -7,10 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DtypeName = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
 
 Base = Annotated[str, typer.Option("--base", help="Folder or hub id of the frozen base model.", show_default=False)]
-Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Floating point type of the base; auto is its own.")]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(
+        "--dtype", help="Floating point type of the base; auto is its own, or float32 on a CPU without 16-bit products."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Home = Annotated[

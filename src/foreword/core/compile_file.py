@@ -31,14 +31,15 @@ def compile_file(
 ) -> CompiledHeader:
     """Compile the file `artefact` on `base` (a folder, a hub id or a loaded one) and write it to `out`, atomically.
 
-    `dtype` is that of the keys and values; "auto" is the base's own. Raises what `load_base`, `load_artefact`,
-    `compile` and `save_compiled` raise; nothing is written then.
+    `dtype` is that of the keys and values; "auto" is the checkpoint's own, which engines take by default. Raises what
+    `load_base`, `load_artefact`, `compile` and `save_compiled` raise; nothing is written then.
     """
     from foreword.core.compile import compile
     from foreword.core.model import load_base
 
     loaded = load_artefact(artefact)
-    model = load_base(str(base) if isinstance(base, Path) else base, dtype=dtype)  # type: ignore[arg-type]  # it checks
+    kept = "checkpoint" if dtype == "auto" else dtype
+    model = load_base(str(base) if isinstance(base, Path) else base, dtype=kept)  # type: ignore[arg-type]  # it checks
     prefix = compile(model, loaded, allow_mismatch=allow_mismatch)
     return save_compiled(out, prefix, base=model.fingerprint, spec=model.spec)
 

@@ -131,7 +131,7 @@ def _files_key(folder: Path) -> str:
 def _read(folder: str) -> BaseInfo:
     from foreword.core.model import load_base
 
-    base = load_base(folder)
+    base = load_base(folder, dtype="checkpoint")
     return BaseInfo(
         folder=folder,
         fingerprint=base.fingerprint,
