@@ -166,45 +166,33 @@ def random_states(base, scale=1.0):
 
 
 def generating(base, vectors, *, again=False, lose=False, read_last=False):
-    """Greedy generation behind a cache; the prefix comes again at each step, is lost at the second, or the last column
-    is read whatever stands there."""
-    whole = from_vectors(base, vectors)
-    prefix = compile(base, vectors)
+    """Greedy generation with a cache; the prefix comes again at each step, is lost at the second, or the last column is
+    read whatever stands there."""
+    whole, prefix = from_vectors(base, vectors), compile(base, vectors)
+    num = prefix.num_positions
 
     def generate(ids, mask, count):
         answers = []
         for row, own in zip(ids, mask, strict=True):
             text = row.tolist() if read_last else row[own.bool()].tolist()
-            new = []
+            cache, start, tokens, new = prefix.cache(), num, text, []
             for step in range(count):
-                front = [prefix] if not (lose and step) else [None]
-                tokens = [*text, *new]
                 if again and step:
-                    tokens = _with_prefix_between(base, prefix, text, new)
-                    new.append(int(tokens.argmax()))
+                    for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+                        cache.update(key[None], value[None], layer)
+                    start += num
+                if lose and step:
+                    new.append(int(forward_rows(base, [[*text, *new]], [None])[0, -1].argmax()))
                     continue
-                new.append(int(forward_rows(base, [tokens], front)[0, -1].argmax()))
+                full = torch.ones(1, start + len(tokens), dtype=torch.long)
+                positions = torch.arange(start, start + len(tokens))[None]
+                logits = base.run(ids=torch.tensor([tokens]), positions=positions, cache=cache, mask=full)
+                new.append(int(logits[0, -1].argmax()))
+                start, tokens = start + len(tokens), new[-1:]
             answers.append(new)
         return torch.tensor(answers)
 
     return dataclasses.replace(whole, generate=generate)
-
-
-def _with_prefix_between(base, prefix, text, new):
-    """Logits behind the text when the prefix's rows enter the cache again before each new token."""
-    cache, count = prefix.cache(), prefix.num_positions
-    ids, start = text, count
-    for token in [*new, None]:
-        mask = torch.ones(1, start + len(ids), dtype=torch.long)
-        positions = torch.arange(start, start + len(ids))[None]
-        logits = base.run(ids=torch.tensor([ids]), positions=positions, cache=cache, mask=mask)[0, -1]
-        start += len(ids)
-        if token is None:
-            return logits
-        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            cache.update(key[None], value[None], layer)
-        start, ids = start + count, [token]
-    return None
 
 
 def conversing(base, vectors, *, second):

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 from foreword.core.artefact import METADATA_KEY, ArtefactHeader, load_artefact, save_artefact
 from foreword.core.block import Block
@@ -256,6 +257,7 @@ def test_keys_misrotated(tmp_path, name):
 
         findings = check_artefact(save(tmp_path / "a.safetensors", base, "kv", turn), base)
         assert first(findings) == "keys-misrotated", findings[-1]
+        assert ("rotated twice" if sign == 1 else "without rotation") in findings[-1].measured
 
     def noisy(tensors):
         return {name: x + 0.5 * x.std() * torch.randn(x.shape) if "key" in name else x for name, x in tensors.items()}
@@ -276,10 +278,18 @@ def test_a_silent_reshape(tmp_path, order):
 
 def test_rotations_are_those_of_the_base():
     assert all(rotations(tiny(name)) is None for name in ("gpt2", "opt", "bloom", "falcon-alibi"))
-    for name in ("llama", "qwen3", "gpt-neox", "falcon", "phi3"):
-        found = rotations(tiny(name))
-        for turn in found:
-            assert torch.allclose(turn @ turn.T, torch.eye(len(turn), dtype=torch.float64), atol=1e-8)
+    for name in ("llama", "qwen3", "gpt-neox", "falcon", "phi3", "cohere"):
+        base, turns = tiny(name), rotations(tiny(name))
+        at = {}
+        for position in (2, 6):
+            cache = DynamicCache()
+            ids = torch.tensor([[9]])
+            base.run_decoder(base.embed(ids), positions=torch.full_like(ids, position), cache=cache)
+            keys, values = (tuple(getattr(layer, kind)[0] for layer in cache.layers) for kind in ("keys", "values"))
+            at[position] = SoftKV(keys, values)
+        for one, other, steps in ((2, 6, 4), (6, 2, -4)):
+            for moved, real in zip(turned(at[one], turns, [steps]).keys, at[other].keys, strict=True):
+                assert torch.allclose(moved, real, atol=1e-4), (name, steps)
 
 
 # PEFT directories

@@ -215,6 +215,10 @@ def test_a_student_without_the_teachers_tail():
     assert found(teacher_logprobs=teacher, student_logprobs=sharp) == "tail-dropped"
     assert found(teacher_logprobs=teacher.masked_fill(~kept, -torch.inf), student_logprobs=sharp) == "tail-dropped"
     assert found(teacher_logprobs=teacher, student_logprobs=teacher) is None
+    untrained = torch.log_softmax(3 * torch.randn(8, 60, generator=torch.Generator().manual_seed(1)), -1)
+    assert found(teacher_logprobs=teacher, student_logprobs=untrained) is None
+    near = torch.log_softmax(teacher + 0.3 * torch.randn(8, 60, generator=torch.Generator().manual_seed(2)), -1)
+    assert found(teacher_logprobs=teacher, student_logprobs=near) is None
     flat = torch.full((8, 60), 1 / 60).log()
     assert found(teacher_logprobs=teacher, student_logprobs=flat) is None
     assert found(teacher_logprobs=sharp, student_logprobs=sharp) is None  # this teacher has no tail

@@ -66,10 +66,24 @@ def drifting(base):
 
     def forward(ids, mask):
         with torch.no_grad():
-            own.embedding.weight[90, 0] += 1e-6
+            own.embedding.weight[90, 0] += 0.1
         return whole.forward(ids, mask)
 
     return dataclasses.replace(whole, forward=forward)
+
+
+def revised(base, noise):
+    """The model is another revision of the base, or the base with weights of 8 bits."""
+    own = FrozenModel(copy.deepcopy(base.model))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in own.model.parameters():
+            if parameter.ndim > 1 and noise:
+                parameter.add_(noise * parameter.std() * torch.randn(parameter.shape, generator=generator))
+            elif parameter.ndim > 1:
+                step = parameter.abs().amax(dim=-1, keepdim=True) / 127
+                parameter.copy_((parameter / step).round() * step)
+    return dataclasses.replace(cached(own, made(base, "prompt")), base=base)
 
 
 def one_number(base, value):
@@ -112,6 +126,8 @@ ANYWHERE = {
         base, made(base, "kv"), keep=compile(base, made(base, "kv")).cache(1)
     ),
     "base-trainable": drifting,
+    "other-base": lambda base: revised(base, 0.05),
+    "numerics:8-bit": lambda base: revised(base, 0.0),
     "not-finite": lambda base: one_number(base, float("nan")),
     "not-finite:huge": lambda base: cached(base, SoftPrefix(1e5 * made(base, "prefix").vectors)),
     "numerics": lambda base: cached(
@@ -168,8 +184,10 @@ def test_faults_are_found_on_other_architectures_and_dtypes(name, arch, dtype):
     fault = name.split(":")[0]
     if arch == "bloom" and fault in ("positions-unshifted", "padding-between"):
         pytest.skip("it counts positions from the mask: the fault cannot be planted so")
+    if arch == "bloom" and fault == "window-eviction":
+        pytest.skip("its mask is not additive: the fault cannot be planted so")
     if dtype == "bfloat16" and fault == "numerics":
-        pytest.skip("an 8-bit float's rounding is near bfloat16's own")
+        pytest.skip("8 bits round nearly as bfloat16 does")
     check_found(ANYWHERE[name], name, tiny(arch, dtype))
 
 

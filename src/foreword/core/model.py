@@ -168,8 +168,9 @@ def load_base(
 
     `base` is a folder, a hub id or a transformers causal language model (kept where and as it is). `dtype` "checkpoint"
     is the checkpoint's own; "auto" is that too, but float32 on a CPU without instructions for 16-bit products, where
-    those are tens of times slower (x86 with AVX2 only: 0.3 against 15 GFLOP/s). `attention` is transformers' attn_implementation; None is its default, but "eager" for
-    bfloat16 on a CPU, where the backward pass of its fused attention is slow.
+    those are tens of times slower (x86 with AVX2 only: 0.3 against 15 GFLOP/s). `attention` is transformers'
+    attn_implementation; None is its default, but "eager" for bfloat16 on a CPU, where the backward pass of its fused
+    attention is slow.
     Raises ConfigError when nothing can be loaded from `base`, IncompatibleModel when a layer has
     no plain keys and values (state-space layers, MLA latents).
     """

@@ -18,6 +18,9 @@ LEAST_TAIL = 0.02
 """Mean mass of the teacher's tail below which there is nothing to lose, and what a student must lack of it at least."""
 CERTAIN = 3.0
 """Standard errors, over positions, that a student's tail must lie below the teacher's."""
+LEAST_PART = 1 / 3
+"""Of the divergence within the list, what that of list against tail must come to: a student that is far from the
+teacher anyhow, such as one that was not trained, proves nothing."""
 SAME_LOSS = 1e-3
 NAME = "teacher's tail"
 
@@ -47,14 +50,14 @@ class Tail:
     @property
     def is_lost(self) -> bool:
         """Whether the student gives the tail too little, surely, and is otherwise near the teacher."""
-        return self.missing > LEAST_TAIL and self.errors > CERTAIN and self.by_mass > self.within
+        return self.missing > LEAST_TAIL and self.errors > CERTAIN and self.by_mass > LEAST_PART * self.within
 
 
 def tail_finding(teacher: Tensor, student: Tensor, loss: float | None) -> Finding:
     """Compare a student's log-probabilities [N, V] with a teacher's (-inf where not kept).
 
     A student was trained without the tail where it gives the tail less than the teacher does, beyond chance over the
-    positions, and where this is the larger part of its divergence: within the list it has learned what it was taught.
+    positions, and where this is a fair part of its divergence: within the list it has learned what it was taught.
     Its `loss` (nats per position), where known, tells more: equal to the cross-entropy over the list alone it proves
     the fault, equal to that with the tail it clears it.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -123,8 +124,11 @@ def check_generation(m: Measurements) -> Finding:
     extra = use.extra_keys(m)
     if extra and len(set(extra)) > 1:
         shown = ", ".join(map(str, extra))
+        rolling = {before - after for before, after in pairwise(extra)} <= {0, 1}  # one old key goes for each new one
+        if rolling:
+            fix = "Keep the prefix's positions in the cache for good; a rolling cache drops the oldest first."
         return Finding(
-            check="generation", ok=False, fault="injected-again", fix=fix, numbers={"extra_keys": extra},
+            check="generation", ok=False, fault="window-eviction" if rolling else "injected-again", fix=fix, numbers={"extra_keys": extra},
             measured=f"keys that a step sees beside those of the text so far, step by step: {shown}",
             expected="the same number at each step",
         )  # fmt: skip

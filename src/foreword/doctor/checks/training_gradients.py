@@ -308,8 +308,9 @@ def _displacement_in_float32(run: TrainingRun, gradients: dict[str, Tensor], lr:
         optimizer.step()
     except Exception:  # an optimizer of somebody else's, with arguments of its own
         return None
-    moved = sum(float((twin.detach() - run.vectors[name].detach().float()).square().sum()) for name, twin in twins.items())
-    norm = sum(float(run.vectors[name].detach().float().square().sum()) for name in twins)
+    before = {name: run.vectors[name].detach().float() for name in twins}
+    moved = sum(float((twin.detach() - before[name]).square().sum()) for name, twin in twins.items())
+    norm = sum(float(tensor.square().sum()) for tensor in before.values())
     return (moved / norm) ** 0.5 if norm else None
 
 
