@@ -13,7 +13,8 @@ from foreword.doctor.probe import reference
 from foreword.doctor.probe.attention import AttentionWatch
 from foreword.doctor.probe.layers import find_layers, foreign_rows, layers_watched
 from foreword.doctor.probe.logits import LENGTHS, ProbeFailed, divergences, padded, run_rows, text_rows
-from foreword.doctor.probe.measurements import FLOORS, MATCH, Measurements, relative_error
+from foreword.doctor.probe.measurements import FLOORS, MATCH, Measurements
+from foreword.doctor.probe.seen import relative_error
 from foreword.doctor.probe.state import left_as_found, state_sha256
 from tests.doctor.planted import NUM, cached, deep, embedded, made
 from tests.tiny import NAMES, tiny

@@ -24,6 +24,7 @@ from foreword.compare.training import (
     train_apart,
     train_method,
 )
+from foreword.config import load_task
 from foreword.core.artefact import write_atomically
 from foreword.core.model import FrozenModel, load_base
 from foreword.errors import ConfigError
@@ -60,6 +61,7 @@ def compare_methods(
     """
     tell, folder = tell or _silent, Path(out)
     settings = settings or Settings()
+    load_task(task, overrides)  # its faults are told before a base is loaded
     write_atomically(folder / "settings.json", json.dumps(dataclasses.asdict(settings), indent=1).encode())
     frozen = load_base(base, dtype=dtype, device=device)  # type: ignore[arg-type]
     plan = make_plan(task, frozen, settings, overrides)

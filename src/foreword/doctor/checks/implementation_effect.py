@@ -9,7 +9,8 @@ from foreword.doctor.checks.implementation_form import skipped
 from foreword.doctor.finding import Finding
 from foreword.doctor.probe import reference
 from foreword.doctor.probe.logits import LENGTHS, divergences
-from foreword.doctor.probe.measurements import Measurements, relative_error
+from foreword.doctor.probe.measurements import Measurements
+from foreword.doctor.probe.seen import relative_error
 
 MILD = 0.1
 """Share of the vectors' own effect up to which a deviation is one of numerics, where no layer's values are foreign. A

@@ -124,11 +124,15 @@ def check_generation(m: Measurements) -> Finding:
     extra = use.extra_keys(m)
     if extra and len(set(extra)) > 1:
         shown = ", ".join(map(str, extra))
-        rolling = {before - after for before, after in pairwise(extra)} <= {0, 1}  # one old key goes for each new one
+        rolling = m.num_positions > 1 and {a - b for a, b in pairwise(extra)} <= {
+            0,
+            1,
+        }  # one goes for each new
         if rolling:
             fix = "Keep the prefix's positions in the cache for good; a rolling cache drops the oldest first."
         return Finding(
-            check="generation", ok=False, fault="window-eviction" if rolling else "injected-again", fix=fix, numbers={"extra_keys": extra},
+            check="generation", ok=False, fix=fix,
+            fault="window-eviction" if rolling else "injected-again", numbers={"extra_keys": extra},
             measured=f"keys that a step sees beside those of the text so far, step by step: {shown}",
             expected="the same number at each step",
         )  # fmt: skip

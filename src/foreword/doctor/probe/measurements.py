@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,6 +17,7 @@ from foreword.doctor.probe import reference
 from foreword.doctor.probe.attention import AttentionCall, AttentionWatch
 from foreword.doctor.probe.layers import LayerPass, find_layers, foreign_rows, layers_watched
 from foreword.doctor.probe.logits import LENGTHS, ProbeFailed, divergences, generate_rows, run_rows, text_rows
+from foreword.doctor.probe.seen import Seen, relative_error, summarise
 from foreword.doctor.probe.state import tensors_sha256
 from foreword.doctor.probe.weights import WeightDifference, weight_difference
 from foreword.doctor.subjects import Implementation
@@ -35,29 +35,6 @@ SDPA against eager attention makes 0.3 to 2.4 of it (base-3m, both dtypes, three
 MATCH = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
 """Relative error up to which keys or values are the same, by dtype; measured on 21 architectures and both dtypes at
 most 3e-6 and 2e-2 for the right ones, at least 0.3 for others (tests/doctor/test_probe.py)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What one layer's attention saw of a single row of T text tokens."""
-
-    num_queries: int
-    num_keys: int
-    extra: int
-    """Keys beside the text's, whether or not any query may see them."""
-    visible: int
-    """Of these, how many some text token's query may see."""
-    mass: float
-    """Mean share of the text's attention on them."""
-    blind_tokens: int
-    """Text tokens whose query may not see their own key."""
-    is_blank: bool
-    """Whether all values in front of the text are zero."""
-
-    @property
-    def outside(self) -> int:
-        """Keys beside the text's that no query of this forward made: those of a cache."""
-        return max(0, (self.visible or self.extra) - (self.num_queries - LENGTHS[0]))
 
 
 class Measurements:
@@ -298,20 +275,7 @@ class Measurements:
     @cached_property
     def seen(self) -> list[Seen]:
         """What each layer's attention saw, by layer; [] where it could not be watched."""
-        text, found = LENGTHS[0], []
-        for call in self.calls:
-            extra = max(0, call.num_keys - text)
-            mass = call.weights[0, :, -text:, :extra].sum(-1).mean() if extra else torch.zeros(())
-            visible = int(call.visible[0, -text:, :extra].any(0).sum())
-            own = call.visible[0, -text:, -text:].diagonal()
-            blank = extra > 0 and call.values is not None and not bool(call.values[0, :, :extra].any())
-            found.append(
-                Seen(
-                    num_queries=call.num_queries, num_keys=call.num_keys, extra=extra, visible=visible,
-                    mass=float(mass), blind_tokens=int((~own).sum()), is_blank=blank,
-                )
-            )  # fmt: skip
-        return found
+        return [summarise(call, LENGTHS[0]) for call in self.calls]
 
     @cached_property
     def passes(self) -> list[LayerPass]:
@@ -401,9 +365,3 @@ class Measurements:
         best = min(range(len(errors)), key=lambda start: errors[start])
         apart = sorted(errors)[1] if len(errors) > 1 else 0.0
         return (best, errors) if errors[best] <= self.match and apart > 2 * errors[best] else None
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm of what was expected."""
-    want = expected.float()
-    return float((found.float().to(want.device) - want).norm() / want.norm().clamp_min(1e-12))
