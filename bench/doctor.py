@@ -1,6 +1,6 @@
 """The confusion matrix of doctor: every planted fault and every healthy system of the laboratory in tests/doctor/lab.
 
-    python bench/doctor.py [--only SUBSTRING] [--no-servers]
+    python bench/doctor.py [--only SUBSTRING] [--no-servers] [--jobs N]
 
 Writes bench/results/doctor.json (what was planted, what was named first, all findings with their measurements) and
 doctor.md (the matrix, the share named first, false alarms).
@@ -14,6 +14,8 @@ import sys
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,20 @@ def main() -> None:
         "--only", default="", help="plants and healthy systems whose name holds this; nothing is written"
     )
     parser.add_argument("--no-servers", action="store_true", help="leave servers out")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work, one thread each")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    from tests.doctor.lab.server import plants as servers
-    from tests.doctor.lab.shelves import PLANTS, SOUND
-
-    left_out = {id(item) for item in (*servers.PLANTS, *servers.HEALTHY)} if arguments.no_servers else set()
-    chosen = [[i for i in items if arguments.only in i.name and id(i) not in left_out] for items in (PLANTS, SOUND)]
-    planted = [examine(plant, place, len(chosen[0])) for place, plant in enumerate(chosen[0])]
-    healthy = [examine(system, place, len(chosen[1])) for place, system in enumerate(chosen[1])]
+    shelves = load_shelves()
+    left_out = shelves.server_names() if arguments.no_servers else set()
+    chosen = [
+        (shelf, place)
+        for shelf in ("PLANTS", "SOUND")
+        for place, item in enumerate(getattr(shelves, shelf))
+        if arguments.only in item.name and item.name not in left_out
+    ]
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(examine_at, chosen, range(len(chosen)), [len(chosen)] * len(chosen)))
+    planted = [row for row, (shelf, _) in zip(rows, chosen, strict=True) if shelf == "PLANTS"]
+    healthy = [row for row, (shelf, _) in zip(rows, chosen, strict=True) if shelf == "SOUND"]
     summary = summarise(planted, healthy)
     print(json.dumps(summary, indent=2))
     if arguments.only:
@@ -49,6 +56,20 @@ def main() -> None:
     result = {**describe("peft", "safetensors"), **summary, "planted": planted, "healthy": healthy}
     (RESULTS / "doctor.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "doctor.md").write_text(matrix(result))
+
+
+def load_shelves() -> Any:
+    """Return the module that holds all plants and healthy systems."""
+    warnings.simplefilter("ignore")
+    from tests.doctor.lab import shelves
+
+    return shelves
+
+
+def examine_at(chosen: tuple[str, int], place: int, count: int) -> dict[str, Any]:
+    """Diagnose the system at a place of a shelf, in a process of the pool."""
+    shelf, index = chosen
+    return examine(getattr(load_shelves(), shelf)[index], place, count)
 
 
 def examine(item: Any, place: int, count: int) -> dict[str, Any]:
