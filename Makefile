@@ -72,6 +72,8 @@ bench: $(STAMP) $(VLLM_STAMP)  ## the figures of README and docs/scale.md
 	$(BIN)/python bench/capacity.py --json bench/results/capacity.json
 	$(BIN)/python bench/cache.py --json bench/results/cache.json
 	$(BIN)/python bench/scale_tables.py
+	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/doctor.py
 
 twelve: $(STAMP)  ## the twelve shared tasks on base-3m
 	$(BIN)/python examples/twelve_tasks/run.py --base ../shared/models/base-3m

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -98,11 +100,17 @@ def examine(item: Any, place: int, count: int) -> dict[str, Any]:
         "error": error,
         "seconds": round(time.monotonic() - started, 2),
         "findings": [
-            {"check": f.check, "fault": f.fault, "measured": f.measured, "expected": f.expected} for f in wrong
+            {"check": f.check, "fault": f.fault, "measured": without_folder(f.measured), "expected": f.expected}
+            for f in wrong
         ],
         "checks_made": sum(not finding.skipped for finding in findings),
         "checks_skipped": [finding.check for finding in findings if finding.skipped],
     }
+
+
+def without_folder(text: str) -> str:
+    """Return a measurement without the temporary folder that the examined file lay in."""
+    return re.sub(re.escape(tempfile.gettempdir()) + r"/[^/\s]+/", "", text)
 
 
 def summarise(planted: list[dict[str, Any]], healthy: list[dict[str, Any]]) -> dict[str, Any]:

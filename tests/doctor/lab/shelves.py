@@ -41,6 +41,11 @@ SOUND: list[Any] = [*HEALTHY, *server_plants.HEALTHY]
 """All healthy ones: each has name and diagnose()."""
 
 
+def server_names() -> set[str]:
+    """Return the names of the plants and healthy systems that are servers."""
+    return {item.name for item in (*server_plants.PLANTS, *server_plants.HEALTHY)}
+
+
 def named_right(plant: Any, fault: str) -> bool:
     """Whether `fault` is a right name of a plant."""
     return fault == plant.fault or fault in getattr(plant, "also", ())
