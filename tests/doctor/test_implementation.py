@@ -81,7 +81,7 @@ def revised(base, noise):
             if parameter.ndim > 1 and noise:
                 parameter.add_(noise * parameter.std() * torch.randn(parameter.shape, generator=generator))
             elif parameter.ndim > 1:
-                step = parameter.abs().amax(dim=-1, keepdim=True) / 127
+                step = (parameter.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-9)
                 parameter.copy_((parameter / step).round() * step)
     return dataclasses.replace(cached(own, made(base, "prompt")), base=base)
 

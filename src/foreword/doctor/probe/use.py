@@ -48,11 +48,12 @@ class Generated:
 
 
 def extra_keys(m: Measurements) -> list[int]:
-    """Return how many keys each step of a generation sees beside those of the text so far, in a full-attention layer.
+    """Return how many keys each step of a generation sees beside those of the text so far, in a layer that sees all.
 
-    [] where the steps cannot be told apart: unless there is one forward per new token.
+    [] where there is no such layer, or the steps cannot be told apart: unless there is one forward per new token.
     """
-    full = [index for index, layer in enumerate(m.base.spec.layers) if layer.window is None]
+    width = m.num_positions + len(m.rows[0]) + NEW_TOKENS
+    full = [place for place, layer in enumerate(m.base.spec.layers) if layer.window is None or layer.window >= width]
     with AttentionWatch() as watch:
         generate_rows(m.subject.generate, m.base, m.rows[:1])
     count = m.base.spec.num_layers
