@@ -8,9 +8,9 @@ VLLM_STAMP := $(VLLM)/.installed
 DEPLOY := .venv-deploy
 DEPLOY_PIP := $(DEPLOY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEPLOY_STAMP := $(DEPLOY)/.installed
-NOT_HERE := not gpu and not vllm and not deploy and not browser
+NOT_HERE := not gpu and not vllm and not deploy and not browser and not lab
 
-.PHONY: environments demo test test-more test-vllm test-deploy lint fix bench twelve clean
+.PHONY: environments demo test test-more lab test-vllm test-deploy lint fix bench twelve clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ test: $(STAMP)  ## the default tests
 
 test-more: $(STAMP)  ## slow tests, and those against a PostgreSQL server
 	$(BIN)/python -m pytest -m "(slow or postgres) and $(NOT_HERE)"
+
+lab: $(STAMP)  ## the whole fault laboratory: every planted fault and healthy system, half an hour
+	$(BIN)/python -m pytest -m lab tests/doctor
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## the plug-in in a stock vLLM on the CPU: an environment of its own, 4 GB
 	$(BIN)/python -m pytest -m vllm --timeout 600

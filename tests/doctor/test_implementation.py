@@ -160,6 +160,15 @@ def check_found(made_by, name, base):
         assert state_sha256([subject.model, base.model]) == before
 
 
+ELSEWHERE = [
+    pytest.param(
+        arch, dtype, marks=[] if (arch, dtype) in {("gemma3", "float32"), ("bloom", "bfloat16")} else pytest.mark.lab
+    )
+    for arch in ("gpt2", "qwen3", "mistral", "gemma3", "gpt-neox", "falcon", "bloom")
+    for dtype in ("float32", "bfloat16")
+]
+
+
 def quick(names):
     """All faults once in the quick run, their variants in the slow one."""
     return [pytest.param(name, marks=[pytest.mark.slow] if ":" in name else []) for name in names]
@@ -177,8 +186,7 @@ def test_a_planted_fault_is_the_first_finding_with_learned_positions(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "mistral", "gemma3", "gpt-neox", "falcon", "bloom"])
+@pytest.mark.parametrize("arch,dtype", ELSEWHERE)
 @pytest.mark.parametrize("name", [name for name in ANYWHERE if name != "wrong-shape"])
 def test_faults_are_found_on_other_architectures_and_dtypes(name, arch, dtype):
     fault = name.split(":")[0]

@@ -1,7 +1,8 @@
 """The fault laboratory: doctor names every planted fault first, and finds nothing in healthy systems.
 
-The default run takes a cross-section; `slow` takes all. Whether a plant is a fault at all, and a healthy system is
-healthy, is proved here too, and without doctor. Plants of servers have a test of their own (test_server_faults.py).
+The default run takes one plant of each fault, `slow` every sixth system, `lab` (make lab) all others. Whether a plant
+is a fault at all, and a healthy system is healthy, is proved here too, and without doctor. Plants of servers have a
+test of their own (test_server_faults.py).
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ TRAINED_FOR_PROOF = ("learning-rate", "random-init", "metric-noise", "teacher-fo
 """Faults that are proved by training a model, or answering with one that was trained."""
 
 
+SLOW_EVERY = 6
+"""What `slow` takes of the systems that are not in the default run; the others are `lab`."""
+
+
 def split(items, chosen):
-    """Mark all but the chosen as slow."""
+    """Mark all but the chosen as slow or lab."""
     names = {item.name for item in chosen}
-    return [pytest.param(item, id=item.name, marks=[] if item.name in names else [pytest.mark.slow]) for item in items]
+    rest = {item.name: place for place, item in enumerate(item for item in items if item.name not in names)}
+    marks = {name: pytest.mark.lab if place % SLOW_EVERY else pytest.mark.slow for name, place in rest.items()}
+    return [pytest.param(item, id=item.name, marks=marks.get(item.name, ())) for item in items]
 
 
 def one_each(plants):
