@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from foreword.eval.tasks import Row
 
 Forward = Callable[["Tensor", "Tensor"], "Tensor"]
-"""(ids [B, T], mask [B, T] with 1 at real tokens; padding at either side) -> logits [B, T, V], or [B, P + T, V]."""
+"""(ids [B, T], mask [B, T] with 1 at real tokens; padding at either side) -> logits [B, T, V].
+
+P + T rows of logits are the fault `logits-uncut`."""
 
 
 @dataclass(frozen=True, kw_only=True)
