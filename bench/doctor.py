@@ -152,6 +152,8 @@ def matrix(result: dict[str, Any]) -> str:
         f"{result['found_at_all']} by some finding. **{result['false_alarms']} false alarms** in "
         f"{result['num_healthy']} healthy systems.",
         "",
+        "Checks and plants were written side by side, so this is a regression suite, not a blind test.",
+        "",
         "Rows: what was planted; columns, by number: what the first finding named.",
         "",
         "| # | planted | " + " | ".join(str(place + 1) for place in range(len(faults))) + "".join(

@@ -178,7 +178,7 @@ def unsafe() -> Iterator[Plant]:
                 "unsafe-file",
                 name,
                 how,
-                lambda name=name, how=how: spoil(name, how),  # type: ignore[misc]
+                lambda name=name, how=how: spoil(name, how),
                 is_spoilt,
                 cheap=name == "llama" and how in ("pickle", "truncated"),
                 also=frozenset({"wrong-shape"}) if how == "shape" else frozenset(),
@@ -237,7 +237,7 @@ def numbers() -> Iterator[Plant]:
                 "not-finite",
                 name,
                 f"{method} with a NaN",
-                lambda name=name, method=method: with_nan(name, method),  # type: ignore[misc]
+                lambda name=name, method=method: with_nan(name, method),
                 acts_otherwise,
                 cheap=name == "llama" and method == "kv",
             )
@@ -246,7 +246,7 @@ def numbers() -> Iterator[Plant]:
             name,
             "kv enormous",
             lambda name=name: enormous(name, "kv"),
-            acts_otherwise,  # type: ignore[misc]
+            acts_otherwise,
         )
         yield plant(
             "layers-tied",
@@ -254,16 +254,16 @@ def numbers() -> Iterator[Plant]:
             "one layer in all",
             lambda name=name: tied(name),
             are_equal,
-            cheap=name == "llama",  # type: ignore[misc]
+            cheap=name == "llama",
         )
-        yield plant("wrong-shape", name, "kv axes swapped", lambda name=name: swapped(name), acts_otherwise)  # type: ignore[misc]
+        yield plant("wrong-shape", name, "kv axes swapped", lambda name=name: swapped(name), acts_otherwise)
         if name != "gpt2":
             for times in (1, -1):
                 yield plant(
                     "keys-misrotated",
                     name,
                     "kv twice" if times > 0 else "kv not at all",
-                    lambda name=name, times=times: misrotated(name, times),  # type: ignore[misc]
+                    lambda name=name, times=times: misrotated(name, times),
                     acts_otherwise,
                     cheap=name == "llama",
                 )
@@ -370,7 +370,7 @@ def moved() -> Iterator[Plant]:
                     "other-base",
                     name,
                     f"{method} on a {how}",
-                    lambda name=name, method=method, how=how: served_on(name, method, how),  # type: ignore[misc]
+                    lambda name=name, method=method, how=how: served_on(name, method, how),
                     weights_apart,
                     cheap=name == "llama" and method == "prefix" and how == "revision",
                 )
@@ -379,7 +379,7 @@ def moved() -> Iterator[Plant]:
             name,
             "on another model",
             lambda name=name: served_on(name, "kv", "model"),
-            weights_apart,  # type: ignore[misc]
+            weights_apart,
         )
         for fault, how in (
             ("tokenizer-changed", "tokens added"),
@@ -390,11 +390,11 @@ def moved() -> Iterator[Plant]:
                 fault,
                 name,
                 how,
-                lambda name=name, how=how: served_on(name, "prompt", how),  # type: ignore[misc]
+                lambda name=name, how=how: served_on(name, "prompt", how),
                 renders_apart,
                 cheap=name == "gpt2" and how != "template",
             )
-        yield plant("template-drift", name, "its hash unknown", lambda name=name: hash_unknown(name), renders_apart)  # type: ignore[misc]
+        yield plant("template-drift", name, "its hash unknown", lambda name=name: hash_unknown(name), renders_apart)
 
 
 PLANTS = [*unsafe(), *numbers(), *moved()]

@@ -89,9 +89,9 @@ def tail_dropped() -> Iterator[Plant]:
         yield Plant(
             fault="tail-dropped",
             architecture=name,
-            make=lambda name=name, method=method: distilled(name, method, False).subject(),  # type: ignore[misc]
+            make=lambda name=name, method=method: distilled(name, method, False).subject(),
             variant=f"{method} top 4 of 97",
-            proof=lambda _, name=name, method=method: overconfident(distilled(name, method, False)),  # type: ignore[misc]
+            proof=lambda _, name=name, method=method: overconfident(distilled(name, method, False)),
         )
 
 

@@ -96,14 +96,14 @@ def scores() -> Iterator[Plant]:
             name,
             "four words",
             lambda name=name: forced_score(name),
-            far_below,  # type: ignore[misc]
+            far_below,
         )
         for disguised in (False, True):
             yield plant(
                 "teacher-forced-score",
                 name,
                 "leaked, disguised" if disguised else "leaked",
-                lambda name=name, disguised=disguised: leaked(name, disguised),  # type: ignore[misc]
+                lambda name=name, disguised=disguised: leaked(name, disguised),
                 nothing_elsewhere,
                 cheap=name == "llama" and not disguised,
             )
@@ -146,7 +146,7 @@ def noise() -> Iterator[Plant]:
                 "metric-noise",
                 name,
                 f"told {told}",
-                lambda name=name, told=told: noisy(name, told),  # type: ignore[misc]
+                lambda name=name, told=told: noisy(name, told),
                 is_noise,
                 cheap=name == "llama" and told == "worse",
             )
@@ -186,7 +186,7 @@ def all_fall(evaluation: Evaluation) -> tuple[float, float]:
 def traffic() -> Iterator[Plant]:
     """Requests that changed under all versions."""
     for name in NAMES:
-        yield plant("traffic-shift", name, "the mark moved", lambda name=name: shifted(name), all_fall)  # type: ignore[misc]
+        yield plant("traffic-shift", name, "the mark moved", lambda name=name: shifted(name), all_fall)
 
 
 DRIFTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -246,7 +246,7 @@ def decoding() -> Iterator[Plant]:
                 "decoding-drift",
                 name,
                 f"judged: {kind}",
-                lambda name=name, kind=kind: drifted(name, kind),  # type: ignore[misc]
+                lambda name=name, kind=kind: drifted(name, kind),
                 answers_change(name, kind),
                 cheap=name == "llama" and kind == "temperature",
             )
@@ -302,8 +302,8 @@ def joined_fall(evaluation: Evaluation) -> tuple[float, float]:
 def skills() -> Iterator[Plant]:
     """What the vectors do to others."""
     for name in NAMES:
-        yield plant("side-effects", name, "two skills", lambda name=name: side_effects(name), skills_fall)  # type: ignore[misc]
-        yield plant("composed-untrained", name, "two joined", lambda name=name: composed(name), joined_fall)  # type: ignore[misc]
+        yield plant("side-effects", name, "two skills", lambda name=name: side_effects(name), skills_fall)
+        yield plant("composed-untrained", name, "two joined", lambda name=name: composed(name), joined_fall)
 
 
 # Tails
@@ -325,7 +325,7 @@ def tails() -> Iterator[Plant]:
                 name,
                 f"{method} judged with {'all' if whole else 'the four best'} of the teacher's tokens",
                 held_out,
-                lambda _, name=name, method=method: overconfident(distilled(name, method, False)),  # type: ignore[misc]
+                lambda _, name=name, method=method: overconfident(distilled(name, method, False)),
             )
 
 

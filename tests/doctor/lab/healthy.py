@@ -126,51 +126,49 @@ def implementations() -> Iterator[Healthy]:
                 exact = agrees(name, method) if dtype == "float32" else None
                 yield Healthy(
                     name=f"foreword {name} {method} {dtype}",
-                    make=lambda name=name, method=method, dtype=dtype: ours(name, method, dtype),  # type: ignore[misc]
+                    make=lambda name=name, method=method, dtype=dtype: ours(name, method, dtype),
                     proof=exact,
                     cheap=(name, method) in (("llama", "prefix"), ("bloom", "kv")) and dtype == "float32",
                 )
                 yield Healthy(
                     name=f"handmade {name} {method} {dtype}",
-                    make=lambda name=name, method=method, dtype=dtype: handmade(name, method, dtype),  # type: ignore[misc]
+                    make=lambda name=name, method=method, dtype=dtype: handmade(name, method, dtype),
                     proof=exact,
                     cheap=(name, method) in (("gpt2", "prompt"), ("mistral-window", "kv"))
                     or ((name, method, dtype) == ("llama", "kv", "bfloat16")),
                 )
             yield Healthy(
                 name=f"handmade {name} {method} rows, shared, probed",
-                make=lambda name=name, method=method: handmade(  # type: ignore[misc]
-                    name, method, layout="rows", shared=True, probed=True
-                ),
+                make=lambda name=name, method=method: handmade(name, method, layout="rows", shared=True, probed=True),
                 proof=agrees(name, method),
                 cheap=(name, method) == ("qwen3", "prompt"),
             )
             yield Healthy(
                 name=f"handmade {name} {method} black box",
-                make=lambda name=name, method=method: handmade(name, method, black_box=True),  # type: ignore[misc]
+                make=lambda name=name, method=method: handmade(name, method, black_box=True),
                 proof=agrees(name, method),
             )
             yield Healthy(
                 name=f"handmade {name} {method} bare",
-                make=lambda name=name, method=method: handmade(name, method, bare=True),  # type: ignore[misc]
+                make=lambda name=name, method=method: handmade(name, method, bare=True),
                 proof=agrees(name, method),
                 cheap=(name, method) == ("gemma3", "prefix"),
             )
         yield Healthy(
             name=f"handmade {name} prefix, hooks installed",
-            make=lambda name=name: handmade(name, "prefix", installed=True),  # type: ignore[misc]
+            make=lambda name=name: handmade(name, "prefix", installed=True),
             proof=agrees(name, "prefix"),
         )
         for method in ("prompt", "prefix"):
             yield Healthy(
                 name=f"foreword uncompiled {name} {method}",
-                make=lambda name=name, method=method: uncompiled(name, method),  # type: ignore[misc]
+                make=lambda name=name, method=method: uncompiled(name, method),
                 proof=agrees(name, method),
             )
     for name in JOINED:
         yield Healthy(
             name=f"joined and cut {name} prefix",
-            make=lambda name=name: stacked(name),  # type: ignore[misc]
+            make=lambda name=name: stacked(name),
             proof=agrees(name, "prefix"),
             cheap=name == "llama",
         )
@@ -180,7 +178,7 @@ def implementations() -> Iterator[Healthy]:
                 continue  # PEFT has a layout of its own for it
             yield Healthy(
                 name=f"PEFT {name} {kind}, row by row",
-                make=lambda name=name, kind=kind: peft_by_row(name, kind),  # type: ignore[misc]
+                make=lambda name=name, kind=kind: peft_by_row(name, kind),
                 proof=agrees(name, kind),
                 cheap=name == "gpt2" and kind == "prompt",
             )
@@ -243,43 +241,43 @@ def trainers() -> Iterator[Healthy]:
             for steps in (0, 15):
                 yield Healthy(
                     name=f"trainer {name} {method} after {steps} steps",
-                    make=lambda n=name, m=method, s=steps: trainer_after(s, n, m),  # type: ignore[misc]
+                    make=lambda n=name, m=method, s=steps: trainer_after(s, n, m),
                     cheap=name == "llama" and steps == 0,
                 )
             for rate in (0.005, 0.2):
                 yield Healthy(
                     name=f"trainer {name} {method} at {rate} of the root mean square",
-                    make=lambda n=name, m=method, r=rate: trainer_after(5, n, m, relative_lr=r),  # type: ignore[misc]
+                    make=lambda n=name, m=method, r=rate: trainer_after(5, n, m, relative_lr=r),
                 )
         yield Healthy(
             name=f"trainer {name} kv in bfloat16 with fair steps",
-            make=lambda n=name: trainer_after(0, n, "kv", dtype=torch.bfloat16, relative_lr=0.03),  # type: ignore[misc]
+            make=lambda n=name: trainer_after(0, n, "kv", dtype=torch.bfloat16, relative_lr=0.03),
         )
     for name in ("llama", "gpt2"):
         yield Healthy(
             name=f"trainer {name} prompt with seeds",
-            make=lambda n=name: with_seeds(n),  # type: ignore[misc]
+            make=lambda n=name: with_seeds(n),
         )
         for method in ("prompt", "kv"):
             yield Healthy(
                 name=f"distillation {name} {method} with a tail",
-                make=lambda n=name, m=method: distilled(n, m, True).subject(),  # type: ignore[misc]
+                make=lambda n=name, m=method: distilled(n, m, True).subject(),
             )
             yield Healthy(
                 name=f"distillation {name} {method} with a tail, at its start",
-                make=lambda n=name, m=method: Distilled(n, m, tail=True).subject(),  # type: ignore[misc]
+                make=lambda n=name, m=method: Distilled(n, m, tail=True).subject(),
             )
     for method in METHODS:
         for steps in (0, 6):
             yield Healthy(
                 name=f"foreword fit {method} after {steps} steps",
-                make=lambda m=method, s=steps: own_fit(m, s),  # type: ignore[misc]
+                make=lambda m=method, s=steps: own_fit(m, s),
             )
     for name in ("llama", "gpt2", "qwen2", "opt"):
         for kind in ("prompt", "kv"):
             yield Healthy(
                 name=f"PEFT training {name} {kind}",
-                make=lambda n=name, k=kind: peft_training(n, k),  # type: ignore[misc]
+                make=lambda n=name, k=kind: peft_training(n, k),
                 cheap=name == "llama" and kind == "prompt",
             )
 
@@ -333,10 +331,10 @@ def whole_evaluation(name: str) -> Evaluation:
 def evaluations() -> Iterator[Healthy]:
     """Sound evaluations."""
     for name in ("llama", "gpt2", "qwen3"):
-        yield Healthy(name=f"evaluation {name}", make=lambda n=name: whole_evaluation(n))  # type: ignore[misc]
+        yield Healthy(name=f"evaluation {name}", make=lambda n=name: whole_evaluation(n))
         yield Healthy(
             name=f"evaluation {name}, a loss that is one",
-            make=lambda n=name: Evaluation(  # type: ignore[misc]
+            make=lambda n=name: Evaluation(
                 old=said(make_rows(0, 8, 60), trained(n)),
                 new=said(make_rows(0, 8, 60), Speaker(tiny(n), None)),
                 claimed_change="worse",
@@ -344,7 +342,7 @@ def evaluations() -> Iterator[Healthy]:
         )
         yield Healthy(
             name=f"evaluation {name}, noise of which nothing is said",
-            make=lambda n=name: Evaluation(old=resampled(n, 1), new=resampled(n, 2)),  # type: ignore[misc]
+            make=lambda n=name: Evaluation(old=resampled(n, 1), new=resampled(n, 2)),
         )
 
 
@@ -358,7 +356,7 @@ def files() -> Iterator[Healthy]:
             for where in ("its base", "no base", "bfloat16"):
                 yield Healthy(
                     name=f"file {name} {method} on {where}",
-                    make=lambda n=name, m=method, w=where: filed(n, m, w),  # type: ignore[misc]
+                    make=lambda n=name, m=method, w=where: filed(n, m, w),
                     cheap=name == "gpt2" and where == "its base",
                     examine=check_filed,
                 )

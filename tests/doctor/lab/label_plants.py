@@ -75,7 +75,7 @@ def labels_misaligned() -> Iterator[Plant]:
                 name,
                 "prompt",
                 variant,
-                lambda name=name, switches=switches: Trainer(name, **switches),  # type: ignore[misc]
+                lambda name=name, switches=switches: Trainer(name, **switches),
                 told_wrong,
                 cheap=name == "llama" and variant in ("zeros over the vectors", "moved twice"),
             )

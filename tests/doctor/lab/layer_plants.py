@@ -61,7 +61,7 @@ def outputs_kept() -> Iterator[Plant]:
             architecture=name,
             make=partial(keeping, name, tied=True),
             variant="and tied",
-            proof=lambda made, name=name: (worst(made, tiny(name), tied_prefix(name), "left"), 0.05),  # type: ignore[misc]
+            proof=lambda made, name=name: (worst(made, tiny(name), tied_prefix(name), "left"), 0.05),
             also=frozenset({"layers-tied"}),
         )
 

@@ -65,9 +65,9 @@ def overfit() -> Iterator[Plant]:
         yield Plant(
             fault="overfit",
             architecture=name,
-            make=lambda name=name, method=method: overtrained(name, method).subject(),  # type: ignore[misc]
+            make=lambda name=name, method=method: overtrained(name, method).subject(),
             variant=f"{method} four rows, 120 steps",
-            proof=lambda _, name=name, method=method: dev_rises(overtrained(name, method)),  # type: ignore[misc]
+            proof=lambda _, name=name, method=method: dev_rises(overtrained(name, method)),
         )
 
 

@@ -166,7 +166,7 @@ def logits_uncut() -> Iterator[Plant]:
         yield Plant(
             fault="logits-uncut",
             architecture=name,
-            make=lambda name=name: peft_prompt(name, cut=False),  # type: ignore[misc]
+            make=lambda name=name: peft_prompt(name, cut=False),
             variant="PEFT prompt tuning as it comes",
             proof=differs(name, "prompt", "right"),
         )

@@ -124,7 +124,7 @@ def base_trainable() -> Iterator[Plant]:
                 name,
                 method,
                 variant,
-                lambda name=name, method=method, trained=trained: Trainer(name, method, trained=trained),  # type: ignore[misc]
+                lambda name=name, method=method, trained=trained: Trainer(name, method, trained=trained),
                 base_moves,
                 cheap=variant == "norms" and (name, method) in PAIRS[:2],
             )
@@ -133,7 +133,7 @@ def base_trainable() -> Iterator[Plant]:
             name,
             method,
             "gradients alone",
-            lambda name=name, method=method: Trainer(name, method, prepare=unfrozen),  # type: ignore[misc]
+            lambda name=name, method=method: Trainer(name, method, prepare=unfrozen),
             base_has_gradients,
         )
 
@@ -189,7 +189,7 @@ def rows_frozen() -> Iterator[Plant]:
                 name,
                 method,
                 variant,
-                lambda name=name, method=method, prepare=prepare: Trainer(name, method, prepare=prepare),  # type: ignore[misc]
+                lambda name=name, method=method, prepare=prepare: Trainer(name, method, prepare=prepare),
                 rows_stay,
                 cheap=variant == "gradient mask" and (name, method) in PAIRS[:2],
             )
@@ -219,7 +219,7 @@ def checkpointing() -> Iterator[Plant]:
             name,
             "kv",
             "in a training run",
-            lambda name=name: Trainer(name, "kv", prepare=drop_cache),  # type: ignore[misc]
+            lambda name=name: Trainer(name, "kv", prepare=drop_cache),
             nothing_moves,
             cheap=name == "llama",
         )
@@ -245,7 +245,7 @@ def learning_rate() -> Iterator[Plant]:
                 name,
                 method,
                 f"x 1000{held}",
-                lambda name=name, method=method: Trainer(name, method, relative_lr=SANE * 1000),  # type: ignore[misc]
+                lambda name=name, method=method: Trainer(name, method, relative_lr=SANE * 1000),
                 grows,
                 before=before,
                 cheap=name == "llama" and before == 0,
@@ -255,7 +255,7 @@ def learning_rate() -> Iterator[Plant]:
                 name,
                 method,
                 f"/ 1000{held}",
-                lambda name=name, method=method: Trainer(name, method, relative_lr=SANE / 1000),  # type: ignore[misc]
+                lambda name=name, method=method: Trainer(name, method, relative_lr=SANE / 1000),
                 learns_less(name, method),
                 before=before,
                 cheap=name == "gpt2" and before == 0,
@@ -283,9 +283,7 @@ def updates_swallowed() -> Iterator[Plant]:
                 name,
                 method,
                 f"bfloat16{held}",
-                lambda name=name, method=method: Trainer(  # type: ignore[misc]
-                    name, method, dtype=torch.bfloat16, relative_lr=SWALLOWED
-                ),
+                lambda name=name, method=method: Trainer(name, method, dtype=torch.bfloat16, relative_lr=SWALLOWED),
                 unchanged_share,
                 before=before,
                 cheap=before == 0 and (name, method) == PAIRS[0],
@@ -308,7 +306,7 @@ def random_init() -> Iterator[Plant]:
                 name,
                 "prompt",
                 variant,
-                lambda name=name: drawn_wide(name, 0),  # type: ignore[misc]
+                lambda name=name: drawn_wide(name, 0),
                 learns_less(name, "prompt"),
                 cheap=name == "llama" and not handed,
                 **handed,
@@ -325,7 +323,7 @@ def random_init() -> Iterator[Plant]:
             architecture=name,
             make=with_seeds,
             variant="prompt N(0, 1), with seeds",
-            proof=lambda _, name=name: learns_less(name, "prompt")(drawn_wide(name, 0)),  # type: ignore[misc]
+            proof=lambda _, name=name: learns_less(name, "prompt")(drawn_wide(name, 0)),
         )
 
 
