@@ -106,6 +106,8 @@ class TrainConfig:
     method's measured default."""
     num_vectors: int | None = None
     """Vectors in place of the template's slot length; None keeps the template."""
+    frozen_vectors: int = 0
+    """Vectors at the front that stay as they begin; 0 trains all."""
     encoder: Literal["none", "mlp", "lstm", "residual"] = "none"
     """Reparametrisation while training; none is stored either way."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
@@ -145,7 +147,7 @@ class TrainConfig:
         _check_types(self)
         _check_at_least(self, 1, "num_vectors", "steps", "batch_size", "accumulate", "eval_every", "eval_rows")
         _check_at_least(self, 1, "patience", "max_train_rows", "checkpoint_every_s")
-        _check_at_least(self, 0, "warmup_steps", "weight_decay", "clip", "seed")
+        _check_at_least(self, 0, "warmup_steps", "weight_decay", "clip", "seed", "frozen_vectors")
         if self.lr is not None and self.lr <= 0:
             raise _bad(self, "lr", "a number above 0")
         if self.init is not None:

@@ -139,4 +139,9 @@ def test_the_classic_cases_run_as_their_walk_through_tells(name, faults, capsys)
     for block in quoted:
         for line in block.strip().splitlines():
             if line.startswith(("Measured", "sequence-lengths", "sites", "layers-distinct", "conformance ")):
-                assert " ".join(line.split()) in " ".join(printed.split()), line
+                assert _comparable(line) in _comparable(printed), line
+
+
+def _comparable(text):
+    """Return the text with one space between words and figures of rounding alone, below 1e-9, made equal."""
+    return re.sub(r"[\d.]+e-[1-9]\d\b", "0", " ".join(text.split()))

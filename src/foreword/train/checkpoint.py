@@ -63,7 +63,10 @@ def load_checkpoint(folder: Path, base: FrozenModel, states: Sequence[RunState])
 
 def identity(base: FrozenModel, state: RunState) -> dict[str, Any]:
     """Return what must be equal for a checkpoint to go on: settings, data and base."""
-    rows = hashlib.sha256(repr([(row.ids, row.num_targets) for row in state.train]).encode()).hexdigest()
+    taught = [
+        (row.ids, row.learned, [] if row.teacher is None else row.teacher.log_probs.tolist()) for row in state.train
+    ]
+    rows = hashlib.sha256(repr(taught).encode()).hexdigest()
     settings = state.run.resolved()
     return {
         "name": state.run.name,

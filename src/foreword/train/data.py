@@ -5,17 +5,29 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from foreword.core.template import TaskTemplate, encode_target
 from foreword.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from foreword.core.model import FrozenModel
     from foreword.eval.tasks import Row, Task
 
 BUCKET_BATCHES = 32
 """Batches whose rows are sorted by length together: little padding, and still a shuffled order."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SoftTargets:
+    """A teacher's distribution at each learned place: its likeliest tokens; all others are one bucket."""
+
+    ids: Tensor
+    """Token ids [N, K], int64."""
+    log_probs: Tensor
+    """Their log-probabilities [N, K] in nats, float32; each row's probabilities sum to 1 at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +36,32 @@ class Example:
 
     ids: list[int]
     num_targets: int
-    """Tokens of the answer, its end token included; only they are learned."""
+    """Tokens of the last answer, its end token included."""
     slots: tuple[tuple[int, int, int], ...] = ()
     """Soft slots behind the text: (offset in ids, first row of the vectors behind the block, count)."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """Learned places [first, end) in ids where they are not the last answer alone, such as all answers of a
+    conversation; none of them begins at 0, for want of a token that predicts it."""
+    teacher: SoftTargets | None = None
+    """What is learned at the learned places in place of the tokens that stand there."""
+
+    @property
+    def learned(self) -> list[int]:
+        """The places in `ids` whose tokens are learned."""
+        spans = self.spans or ((len(self.ids) - self.num_targets, len(self.ids)),)
+        return [place for first, end in spans for place in range(first, end)]
+
+
+class Material(Protocol):
+    """Examples made elsewhere than from a task's rows, such as a teacher's answers."""
+
+    def examples(self, base: FrozenModel, template: TaskTemplate) -> tuple[list[Example], list[Example]]:
+        """Return training and dev examples (dev may be empty). Raises DataError."""
+        ...
+
+    def sha256(self) -> str:
+        """Return the hash of what the examples are made of."""
+        ...
 
 
 def encode_rows(base: FrozenModel, task: Task, template: TaskTemplate, rows: Sequence[Row]) -> list[Example]:

@@ -40,7 +40,7 @@ def export(base: FrozenModel, state: RunState, path: Path) -> Artefact:
             "best": state.best,
             "steps_done": state.step,
             "rows": len(state.train),
-            "data_sha256": run.task.data_sha256("train"),
+            "data_sha256": run.data_sha256(),
             "dtype": str(base.dtype).removeprefix("torch."),
             "versions": versions(),
         },

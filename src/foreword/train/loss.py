@@ -17,9 +17,11 @@ from foreword.core.compile import compute_blocks
 from foreword.core.forward import forward_rows
 from foreword.core.model import FrozenModel
 from foreword.core.prompt import KVPrefix, SoftPrompt
-from foreword.train.data import Example
+from foreword.train.data import Example, SoftTargets
 from foreword.train.tuners import Tuner
 
+TINY = 1e-6
+"""The least probability of the bucket of other tokens: about what float32 leaves of 1 - p."""
 MICRO_TOKENS = 4096
 """Padded tokens of one forward at most; longer steps are cut into micro-batches with the same gradients."""
 
@@ -33,8 +35,8 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        """Target tokens, over which the run's loss is the mean."""
-        return sum(row.num_targets for row in self.rows)
+        """Learned tokens, over which the run's loss is the mean."""
+        return sum(len(row.learned) for row in self.rows)
 
 
 def step_gradients(base: FrozenModel, batches: Sequence[Batch], micro_tokens: int = MICRO_TOKENS) -> list[float]:
@@ -79,7 +81,7 @@ def mean_losses(base: FrozenModel, items: Sequence[tuple[KVPrefix | None, Sequen
         for part in micro_batches(rows, MICRO_TOKENS):
             runs, losses = target_losses(base, part, prefixes)
             totals.index_add_(0, torch.tensor(runs), losses.cpu().double())
-    counts = [sum(row.num_targets for row in examples) for _, examples in items]
+    counts = [sum(len(row.learned) for row in examples) for _, examples in items]
     return [total / count for total, count in zip(totals.tolist(), counts, strict=True)]
 
 
@@ -100,17 +102,14 @@ def micro_batches(rows: Sequence[tuple[int, Example]], tokens: int) -> Iterator[
 def target_losses(
     base: FrozenModel, part: Sequence[tuple[int, Example]], prefixes: Sequence[KVPrefix | None]
 ) -> tuple[list[int], Tensor]:
-    """Return, for every target token of the part, its run and its loss in nats [N]."""
+    """Return, for every learned token of the part, its run and its loss in nats [N]."""
     longest = max(len(row.ids) for _, row in part)
     places: list[int] = []
-    targets: list[int] = []
     runs: list[int] = []
     splices: list[tuple[int, int, Tensor]] = []
     for place, (run, row) in enumerate(part):
-        first = len(row.ids) - row.num_targets
-        places += range(place * longest + first - 1, place * longest + len(row.ids) - 1)
-        targets += row.ids[first:]
-        runs += [run] * row.num_targets
+        places += [place * longest + target - 1 for target in row.learned]
+        runs += [run] * len(row.learned)
         prefix = prefixes[run]
         after = None if prefix is None else prefix.after
         if after is not None:
@@ -122,4 +121,32 @@ def target_losses(
         select=torch.tensor(places, device=base.device),
         splices=splices,
     )
-    return runs, F.cross_entropy(logits.float(), torch.tensor(targets, device=logits.device), reduction="none")
+    return runs, losses_at_targets(logits.float(), [row for _, row in part])
+
+
+def losses_at_targets(logits: Tensor, rows: Sequence[Example]) -> Tensor:
+    """Return the loss in nats [N] of `logits` [N, V] at the rows' learned places, row after row.
+
+    Cross-entropy with the token that stands there; for a row with a teacher, the divergence KL(teacher || student)
+    over its likeliest tokens and one bucket for all others. Without the bucket the student would be drawn to the
+    teacher's likeliest tokens renormalised, which is a sharper distribution than the teacher's.
+    """
+    if not any(row.teacher is not None for row in rows):
+        targets = [row.ids[place] for row in rows for place in row.learned]
+        return F.cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="none")
+    parts = []
+    for row, own in zip(rows, torch.split(logits, [len(row.learned) for row in rows]), strict=True):
+        if row.teacher is None:
+            parts.append(losses_at_targets(own, [row]))
+        else:
+            parts.append(divergence(own, row.teacher))
+    return torch.cat(parts)
+
+
+def divergence(logits: Tensor, teacher: SoftTargets) -> Tensor:
+    """Return KL(teacher || softmax(logits)) in nats [N], all tokens that the teacher does not name being one bucket."""
+    log_q = logits.log_softmax(-1).gather(1, teacher.ids.to(logits.device))
+    log_p = teacher.log_probs.to(logits.device)
+    p = log_p.exp()
+    rest_p, rest_q = (1 - p.sum(-1)).clamp_min(TINY), (1 - log_q.exp().sum(-1)).clamp_min(TINY)
+    return (p * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())

@@ -7,12 +7,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from foreword.config import TrainConfig, load_task
 from foreword.core.template import TaskTemplate
 from foreword.errors import ForewordError
 from foreword.eval.tasks import Task
+
+if TYPE_CHECKING:
+    from foreword.core.prompt import Vectors
+    from foreword.train.data import Material
 
 Status = Literal["running", "done", "early_stopped", "diverged"]
 
@@ -45,6 +49,12 @@ class Run:
     config: TrainConfig
     name: str
     """Name of the run's files, unique within a `fit`."""
+    material: Material | None = field(default=None, repr=False, compare=False)
+    """Where the examples come from, if not from the task's rows."""
+    start: Vectors | None = field(default=None, repr=False, compare=False)
+    """Vectors to start from, tiled or cut to the template's slots; they stand above `config.init`."""
+    parent: str | None = None
+    """Identity (sha256) of the version that `start` was taken from."""
 
     @classmethod
     def from_toml(cls, path: str | Path, *, name: str | None = None, **train: Any) -> Run:
@@ -82,7 +92,12 @@ class Run:
             init=self.config.init or DEFAULTS[self.config.method].init,
             eval_every=self.eval_every,
         )
-        return {"task": self.task.config.to_json(), "train": config.to_json(), "template": self.template.to_json()}
+        train = config.to_json() | ({} if self.start is None else {"init": "given vectors"})
+        return {"task": self.task.config.to_json(), "train": train, "template": self.template.to_json()}
+
+    def data_sha256(self) -> str:
+        """Return the hash of what the run learns from."""
+        return self.task.data_sha256("train") if self.material is None else self.material.sha256()
 
 
 @dataclass(slots=True)

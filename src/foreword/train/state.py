@@ -37,11 +37,14 @@ class RunState:
         self.template = run.template
         self.block = self.template.block(base.tokenizer)
         self._check_slots(base)
-        rows = sample_rows(task.rows("train"), config.max_train_rows, config.seed)
-        self.train = encode_rows(base, task, self.template, rows)
-        self.dev = self._dev_examples(base)
-        self.parent: str | None = None
-        self.tuner = Tuner(self._initial(base), self.block, config.encoder, config.seed).to(base.device)
+        if run.material is None:
+            rows = sample_rows(task.rows("train"), config.max_train_rows, config.seed)
+            self.train, self.dev = encode_rows(base, task, self.template, rows), self._dev_examples(base)
+        else:
+            self.train, self.dev = run.material.examples(base, self.template)
+        self.parent = run.parent
+        tuner = Tuner(self._initial(base), self.block, config.encoder, config.seed, config.frozen_vectors)
+        self.tuner = tuner.to(base.device)
         self.optimizer = _optimizer(self.tuner, run)
         self.order = BatchOrder([len(row.ids) for row in self.train], config.batch_size, config.seed)
         self.step = 0
@@ -167,6 +170,12 @@ class RunState:
                 f"template {template.text!r} has soft slots behind the input, which method {method!r} cannot fill",
                 hint='Move them in front of {input}, or use method = "prompt".',
             )
+        if self.run.config.frozen_vectors >= template.num_left + template.num_after:
+            raise ConfigError(
+                f"train.frozen_vectors = {self.run.config.frozen_vectors} leaves none of the "
+                f"{template.num_left + template.num_after} vectors to train",
+                hint="Freeze fewer, or use more vectors.",
+            )
         base.check_holds(self.block.num_positions)
 
     def _dev_examples(self, base: FrozenModel) -> list[Example]:
@@ -178,7 +187,10 @@ class RunState:
         return encode_rows(base, task, self.template, sample_rows(task.rows("dev"), config.eval_rows, seed=0))
 
     def _initial(self, base: FrozenModel) -> Vectors:
-        config, task = self.run.config, self.run.task
+        config, task, start = self.run.config, self.run.task, self.run.start
+        if start is not None:
+            self._check_method("the given start", start.method)
+            return from_vectors(start, self.block, after=self.template.num_after)
         spec = config.init or DEFAULTS[config.method].init
         if spec.startswith("from:"):
             return self._from_version(spec.removeprefix("from:"))
@@ -202,14 +214,16 @@ class RunState:
             registry = Registry.open()
             path = registry.path(registry.resolve(reference))
         artefact = load_artefact(path)
-        if artefact.header.method != self.run.config.method:
-            raise IncompatibleModel(
-                f"{reference} holds vectors of method {artefact.header.method!r}, the run trains "
-                f"{self.run.config.method!r}",
-                hint="Start from a version of the same method.",
-            )
+        self._check_method(reference, artefact.header.method)
         self.parent = artefact.sha256
         return from_vectors(artefact.vectors, self.block, after=self.template.num_after)
+
+    def _check_method(self, source: str, method: str) -> None:
+        if method != self.run.config.method:
+            raise IncompatibleModel(
+                f"{source} holds vectors of method {method!r}, the run trains {self.run.config.method!r}",
+                hint="Start from vectors of the same method.",
+            )
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:

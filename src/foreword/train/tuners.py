@@ -43,9 +43,14 @@ def from_parts(parts: Sequence[Tensor], like: Vectors) -> Vectors:
 
 
 class Tuner(nn.Module):
-    """Trainable form of one run's vectors, in float32; `vectors()` is what it stands for now."""
+    """Trainable form of one run's vectors, in float32; `vectors()` is what it stands for now.
 
-    def __init__(self, initial: Vectors, block: Block, encoder: str = "none", seed: int = 0) -> None:
+    The first `num_frozen` vectors stay as they begin: a frozen first token keeps the attention that models rest there.
+    """
+
+    def __init__(
+        self, initial: Vectors, block: Block, encoder: str = "none", seed: int = 0, num_frozen: int = 0
+    ) -> None:
         super().__init__()
         parts = [part.detach().float() for part in to_parts(initial)]
         self.block = block
@@ -53,7 +58,9 @@ class Tuner(nn.Module):
         self._shapes = [part.shape[1:] for part in parts]
         scales = [part.square().mean().sqrt().clamp_min(1e-6).expand(part[0].numel()) for part in parts]
         self.register_buffer("scale", torch.cat(scales))
+        self._num_frozen = num_frozen
         start = torch.cat([part.reshape(part.shape[0], -1) for part in parts], dim=1) / self._buffer("scale")
+        self.register_buffer("frozen", start[:num_frozen].clone())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.encoder = ENCODERS[encoder](start)
@@ -64,7 +71,10 @@ class Tuner(nn.Module):
 
     def vectors(self) -> Vectors:
         """Return the vectors [float32], with gradients into the parameters."""
-        flat: Tensor = self.encoder() * self._buffer("scale")
+        encoded: Tensor = self.encoder()
+        if self._num_frozen:
+            encoded = torch.cat([self._buffer("frozen"), encoded[self._num_frozen :]])
+        flat = encoded * self._buffer("scale")
         columns = torch.split(flat, [shape.numel() for shape in self._shapes], dim=1)
         shaped = [column.reshape(-1, *shape) for column, shape in zip(columns, self._shapes, strict=True)]
         return from_parts(shaped, self._like)
