@@ -19,6 +19,7 @@ ORDER = [
     {"engine"},
     {"eval", "registry", "advise"},
     {"train", "doctor", "explain", "serve"},
+    {"distil", "recipes"},
     {"compare", "demo"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,1 @@
+"""Compression: a long context becomes a prompt or a prefix, by distillation."""

@@ -1,0 +1,1 @@
+"""Ways of using `fit`: tweaks, sweeps, transfer, sharing, moves to another base."""
