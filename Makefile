@@ -8,6 +8,7 @@ VLLM_STAMP := $(VLLM)/.installed
 DEPLOY := .venv-deploy
 DEPLOY_PIP := $(DEPLOY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEPLOY_STAMP := $(DEPLOY)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 NOT_HERE := not gpu and not vllm and not deploy and not browser and not lab
 
 .PHONY: environments demo test test-more lab test-vllm test-deploy lint fix bench twelve clean
@@ -41,13 +42,13 @@ demo: $(STAMP)  ## train, judge, publish, serve and roll back four small tasks o
 	$(BIN)/foreword demo
 
 test: $(STAMP)  ## the default tests
-	$(BIN)/python -m pytest -m "not slow and not postgres and $(NOT_HERE)"
+	$(PYTEST) -m "not slow and not postgres and $(NOT_HERE)"
 
 test-more: $(STAMP)  ## slow tests, and those against a PostgreSQL server
-	$(BIN)/python -m pytest -m "(slow or postgres) and $(NOT_HERE)"
+	$(PYTEST) -m "(slow or postgres) and $(NOT_HERE)"
 
 lab: $(STAMP)  ## the whole fault laboratory: every planted fault and healthy system, half an hour
-	$(BIN)/python -m pytest -m lab tests/doctor
+	$(PYTEST) -m lab tests/doctor
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## the plug-in in a stock vLLM on the CPU: an environment of its own, 4 GB
 	$(BIN)/python -m pytest -m vllm --timeout 600
