@@ -63,6 +63,20 @@ def test_json_is_resolved_and_read_back(file: Path) -> None:
     assert load_task(file)[0].to_json()["labels"] == ["billing", "refund"]
 
 
+def test_columns_are_a_table_of_names(file: Path) -> None:
+    task, _ = load_task(file, ['task.columns={input = "question", target = "answer"}'])
+    assert task.columns == {"input": "question", "target": "answer"}
+    assert TaskConfig.from_mapping(json.loads(json.dumps(task.to_json()))) == task
+    assert hash(task) is not None  # runs and tasks may stand in sets
+    for table, message in {
+        '{inputs = "x"}': "task.columns names 'inputs', which is no field\nDid you mean input",
+        "{input = 3}": "is not a table of names such as {input",
+        '{input = ""}': "is not a table of names such as {input",
+        '{messages = "a", target = "b"}': "names both messages and target",
+    }.items():
+        assert message in refused(file, f"task.columns={table}")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -135,7 +149,7 @@ def test_byte_order_mark_is_fine(file: Path) -> None:
 
 
 def test_configs_made_in_code_are_checked_too() -> None:
-    with pytest.raises(ConfigError, match="is not 'adamw' or 'adafactor'"):
+    with pytest.raises(ConfigError, match="is not 'muon' or 'adamw' or 'adafactor'"):
         TrainConfig(optimizer="sgd")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"train\.batch_size = 0"):
         TrainConfig(batch_size=0)

@@ -21,9 +21,13 @@ from foreword.errors import ConfigError, did_you_mean
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
+OptimizerName = Literal["muon", "adamw", "adafactor"]
 MetricName = Literal["exact_match", "accuracy", "f1", "token_f1", "squad_f1", "rouge_l", "bleu"]
 CLOSED_METRICS: tuple[str, ...] = ("exact_match", "accuracy", "f1")
 """Metrics of tasks that may have a closed set of answers."""
+
+FIELDS = ("input", "target", "messages", "references")
+"""What a record of a task's data may hold that is read."""
 
 INITS = ("text", "vocab", "labels", "random")
 INIT_FORMS = (*INITS, "text:…", "from:<version or path>")
@@ -38,11 +42,16 @@ class TaskConfig:
     name: str
     """The task's name in the registry and in requests: a-z, 0-9, `.`, `_`, `-`; 64 characters at most."""
     train: str
-    """JSONL of examples; in a TOML file relative to that file's folder."""
+    """Examples: JSONL, Parquet, a pattern of such files, or a saved data set's folder, `#split` behind it where it has
+    several; in a TOML file relative to that file's folder."""
     dev: str | None = None
-    """JSONL on which steps and settings are chosen; None takes no such choice."""
+    """Examples on which steps and settings are chosen; None takes no such choice."""
     test: str | None = None
-    """JSONL that nothing is tuned on."""
+    """Examples that nothing is tuned on."""
+    columns: Mapping[str, str] | None = dataclasses.field(default=None, hash=False)
+    """The data's names of input, target, messages and references, where they differ: `{input = "question"}`."""
+    learn: Literal["last", "all"] = "last"
+    """Answers of a conversation that are learned; the last is the one that is judged."""
     template: str = "{soft:20}{input}"
     """Hard text and soft slots around the input; 20 vectors, where most of the gain of longer ones is reached."""
     chat: bool = False
@@ -69,6 +78,11 @@ class TaskConfig:
         for key in ("train", "dev", "test"):
             if getattr(self, key) == "":
                 raise _bad(self, key, "a path")
+        self._check_columns()
+        if self.learn == "all" and not self.chat:
+            raise ConfigError(
+                "task.learn = 'all' is for conversations, and task.chat is false", hint="Set chat = true."
+            )
         if self.system is not None and not self.chat:
             raise ConfigError("task.system is for chat templates, and task.chat is false", hint="Set chat = true.")
         if self.labels is not None:
@@ -82,6 +96,16 @@ class TaskConfig:
                     hint=f"Set metric to one of {', '.join(CLOSED_METRICS)}, or leave labels out.",
                 )
         _check_at_least(self, 1, "max_new_tokens", "max_input_tokens")
+
+    def _check_columns(self) -> None:
+        named = self.columns or {}
+        for field in named:
+            if field not in FIELDS:
+                raise ConfigError(f"task.columns names {field!r}, which is no field", hint=did_you_mean(field, FIELDS))
+        if "messages" in named and (both := [field for field in ("input", "target") if field in named]):
+            raise ConfigError(
+                f"task.columns names both messages and {both[0]}", hint="Name messages, or input and target."
+            )
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, source: str = "") -> TaskConfig:
@@ -108,10 +132,14 @@ class TrainConfig:
     """Vectors in place of the template's slot length; None keeps the template."""
     frozen_vectors: int = 0
     """Vectors at the front that stay as they begin; 0 trains all."""
-    encoder: Literal["none", "mlp", "lstm", "residual"] = "none"
-    """Reparametrisation while training; none is stored either way."""
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """The optimizer of the vectors, in float32."""
+    encoder: Literal["none", "mlp", "lstm", "residual", "low_rank"] = "none"
+    """Reparametrisation while training; none is stored either way. `low_rank` trains factors on the start alone."""
+    rank: int = 1
+    """Rank of the factors of encoder `low_rank`; 1 is that of multitask prompt tuning."""
+    share: str | None = None
+    """Group of runs of one training that share the source under their `low_rank` factors; None shares nothing."""
+    optimizer: OptimizerName | None = None
+    """The optimizer of the vectors, in float32; None is muon for plain vectors and adamw for encoders, as measured."""
     lr: float | None = None
     """Peak learning rate; None is the method's measured default."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -146,14 +174,25 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_at_least(self, 1, "num_vectors", "steps", "batch_size", "accumulate", "eval_every", "eval_rows")
-        _check_at_least(self, 1, "patience", "max_train_rows", "checkpoint_every_s")
+        _check_at_least(self, 1, "patience", "max_train_rows", "checkpoint_every_s", "rank")
         _check_at_least(self, 0, "warmup_steps", "weight_decay", "clip", "seed", "frozen_vectors")
         if self.lr is not None and self.lr <= 0:
             raise _bad(self, "lr", "a number above 0")
+        self._check_factors()
         if self.init is not None:
             form, colon, rest = self.init.partition(":")
             if not (rest.strip() if colon and form in ("text", "from") else self.init in INITS):
                 raise _bad(self, "init", " or ".join(INIT_FORMS), hint=did_you_mean(form, (*INITS, "from")))
+
+    def _check_factors(self) -> None:
+        if self.encoder != "low_rank" and (self.rank != 1 or self.share is not None):
+            key = "rank" if self.rank != 1 else "share"
+            raise ConfigError(
+                f"train.{key} = {getattr(self, key)!r} is for low-rank factors, and train.encoder = {self.encoder!r}",
+                hint='Set train.encoder = "low_rank".',
+            )
+        if self.share is not None and not NAME.fullmatch(self.share):
+            raise _bad(self, "share", f"a name of the form {NAME.pattern}")
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, source: str = "") -> TrainConfig:
@@ -281,6 +320,10 @@ def _fits(value: object, kind: Any) -> bool:
         return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if get_origin(kind) is Mapping:
+        return isinstance(value, dict) and all(
+            isinstance(name, str) and name for pair in value.items() for name in pair
+        )
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int:
@@ -293,6 +336,8 @@ def _describe(kind: Any) -> str:
         return " or ".join(repr(option) for option in get_args(kind))
     if get_origin(kind) is tuple:
         return "a list of texts"
+    if get_origin(kind) is Mapping:
+        return 'a table of names such as {input = "question"}'
     return {str: "a text", bool: "true or false", int: "a whole number", float: "a finite number"}[kind]
 
 

@@ -241,16 +241,23 @@ class _State:
 
 
 def encode_whole(base: FrozenModel, run: Run, rows: Sequence[Any]) -> list[Example]:
-    """Return rows as the hard template renders them, its constant tokens in front; only the answer is learned."""
+    """Return rows as the hard template renders them, its constant tokens in front; the task's answers are learned."""
     template = run.template.hard()
     left = template.block(base.tokenizer).literal_ids()
     examples = encode_rows(base, run.task, template, rows)
-    return [Example([*left, *example.ids], example.num_targets) for example in examples]
+    return [
+        dataclasses.replace(
+            example,
+            ids=[*left, *example.ids],
+            spans=tuple((first + len(left), end + len(left)) for first, end in example.spans),
+        )
+        for example in examples
+    ]
 
 
 def gradients(base: FrozenModel, rows: Sequence[Example], micro_tokens: int = MICRO_TOKENS) -> float:
     """Add the gradient of the mean loss over target tokens to the updates; return that loss in nats."""
-    weight, total = 1.0 / sum(row.num_targets for row in rows), 0.0
+    weight, total = 1.0 / sum(len(row.learned) for row in rows), 0.0
     for part in micro_batches([(0, row) for row in rows], micro_tokens):
         _, losses = target_losses(base, part, [None])
         weighted = losses.sum() * weight

@@ -90,14 +90,16 @@ def label_probabilities(
     labels: Sequence[str],
     trie: LabelTrie,
     *,
-    prefix: str | None = None,
+    prefix: str | Sequence[str] | None = None,
     min_mass: float = MIN_MASS,
 ) -> LabelScores:
     """Return the probability of every label behind each of `prompts`, token ids that follow `prefix`'s block.
 
-    Works in rounds, one request per row and expanded node, all rows together; a task without shared first tokens takes
-    one round. Raises BackendFailed where the engine reports no log-probabilities.
+    A sequence names each row's own prefix. Works in rounds, one request per row and expanded node, all rows together; a
+    task without shared first tokens takes one round. Raises BackendFailed where the engine reports no
+    log-probabilities.
     """
+    prefixes = [prefix] * len(prompts) if prefix is None or isinstance(prefix, str) else list(prefix)
     probabilities, residual = np.zeros((len(prompts), len(labels))), np.zeros(len(prompts))
     everything = tuple(range(len(labels)))
     nodes: dict[Members, tuple[tuple[int, ...], dict[int, Members]]] = {}
@@ -106,7 +108,7 @@ def label_probabilities(
         for _, members, _ in frontier:
             if members not in nodes:
                 nodes[members] = trie.branch(members)
-        asked = [_request(prompts[row], *nodes[members], prefix) for row, members, _ in frontier]
+        asked = [_request(prompts[row], *nodes[members], prefixes[row]) for row, members, _ in frontier]
         expanded = []
         for (row, members, mass), output in zip(frontier, generate(asked), strict=True):
             children = nodes[members][1]
