@@ -52,7 +52,7 @@ def test_fit_learns_and_writes_everything(tmp_path, method):
     assert header.training["lr"] == run.lr and header.training["data_sha256"]
     prefix = compile(base, artefact)
     assert replay(base, prefix, header.conformance).ok
-    assert (tmp_path / f"out/colour-{method}.png").stat().st_size > 5000
+    assert "<svg" in (tmp_path / f"out/colour-{method}.html").read_text()
     lines = (tmp_path / f"out/colour-{method}.history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))
     assert not (tmp_path / "out/checkpoint.safetensors").exists()
@@ -107,8 +107,8 @@ def test_resume_refuses_other_settings_and_says_which(tmp_path):
 
     with pytest.raises(TrainingInterrupted):
         fit(base, [run], out=tmp_path / "out", on_progress=stop)
-    other = dataclasses.replace(run, config=dataclasses.replace(run.config, lr=0.5))
-    with pytest.raises(ConfigError, match=r"train\.lr = 1\.0, asked for is 0\.5"):
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, lr=0.7))
+    with pytest.raises(ConfigError, match=r"train\.lr = 0\.5, asked for is 0\.7"):
         fit(base, [other], out=tmp_path / "out", resume=True)
     (tmp_path / "out/checkpoint.safetensors").write_bytes(b"torn")
     with pytest.raises(Exception, match="not a whole checkpoint"):
@@ -192,7 +192,7 @@ def test_a_changed_base_is_reported(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_survived_between_checkpoints(tmp_path, monkeypatch):
-    def full(folder, base, states):
+    def full(*args):
         raise loop.ArtefactError("cannot write: No space left on device")
 
     monkeypatch.setattr(loop, "save_checkpoint", full)

@@ -6,7 +6,7 @@ import datetime
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,8 @@ from foreword.cli.output import console, print_json, print_table
 if TYPE_CHECKING:
     from foreword.train.loop import Progress
     from foreword.train.run import Run, RunResult
+
+LayoutName = Literal["auto", "packed", "padded"]
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +38,29 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Overrides such as train.steps=800.", show_default=False)
     ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option("--share", help="Train all tasks over one shared source of this name.", show_default=False),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted training in --out.")] = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option("--track", help="Send curves to tensorboard, mlflow or wandb too.", show_default=False),
+    ] = None,
+    forward: Annotated[
+        LayoutName,
+        typer.Option("--forward", help="Rows of a step: packed in one sequence, padded, or what is faster here."),
+    ] = "auto",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute layers again in the backward pass: less memory, more time.")
+    ] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep saved activations in the host's memory: less on the GPU.")
+    ] = False,
+    quantise: Annotated[
+        str | None,
+        typer.Option("--quantise", help="Hold the base in 8bit or 4bit on a GPU.", show_default=False),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
@@ -45,13 +69,30 @@ def train(
 
     Example: foreword train triage.toml clause.toml --base models/base --methods prompt,kv --set train.steps=400
     """
-    runs = _runs(tasks, methods, settings or [])
-    from foreword.core.model import load_base
-    from foreword.train.loop import fit
+    runs = runs_of(tasks, methods, settings or [])
+    if share is not None:
+        from foreword.recipes.multitask import share_source
+
+        runs = share_source(runs, share)
+    from foreword.train.trackers import Tracker
 
     folder = out or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    frozen = load_base(base, dtype=dtype, device=device)
-    results = fit(frozen, runs, out=folder, resume=resume, on_progress=None if as_json else progress_printer())
+    trackers = [Tracker(name, folder) for name in dict.fromkeys(track or [])]
+    for run in runs:  # faults of the data are told before a base is loaded
+        run.task.rows("train")
+        if run.task.config.dev is not None:
+            run.task.rows("dev")
+    from foreword.train.distributed import load_for_training, world
+    from foreword.train.loop import fit
+    from foreword.train.strategy import choose_strategy
+
+    frozen = load_for_training(base, dtype=dtype, device=device, quantise=quantise)
+    strategy = choose_strategy(frozen, forward, checkpointing=recompute, offload=offload)
+    shown = None if as_json else progress_printer()
+    folder = world().agreed(folder)
+    results = fit(frozen, runs, out=folder, resume=resume, on_progress=shown, observers=trackers, strategy=strategy)
+    if not world().is_main:
+        return
     if as_json:
         print_json({"out": str(folder), "results": [result.to_json() for result in results]})
     else:
@@ -60,7 +101,8 @@ def train(
         raise broken[0]
 
 
-def _runs(tasks: list[Path], methods: str | None, settings: list[str]) -> list[Run]:
+def runs_of(tasks: list[Path], methods: str | None, settings: list[str]) -> list[Run]:
+    """Return the runs of task files, one for each of the comma-separated methods. Raises ConfigError."""
     from foreword.config import load_task
     from foreword.eval.tasks import Task
     from foreword.train.run import Run
@@ -116,4 +158,4 @@ def _show(results: list[RunResult], folder: Path) -> None:
         return [result.name, result.status, result.best.get("step"), result.best.get("by"), best, result.artefact]
 
     print_table(["run", "status", "kept step", "by", "value", "artefact"], [row(result) for result in results])
-    console().print(f"curves, history and results.json are in {folder}")
+    console().print(f"reports with curves (<run>.html), history and results.json are in {folder}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -90,16 +91,17 @@ def compute_block(base: FrozenModel, vectors: Vectors, block: Block) -> LayerKV:
     return compute_blocks(base, [(vectors, block)])[0]
 
 
-def compute_blocks(base: FrozenModel, items: Sequence[tuple[Vectors, Block]]) -> list[LayerKV]:
+def compute_blocks(base: FrozenModel, items: Sequence[tuple[Vectors, Block]], *, lean: bool = False) -> list[LayerKV]:
     """Return each item's keys and values as `compute_block` does; those of one method share a forward.
 
-    Shorter blocks are padded at the right, where causal attention cannot see it.
+    Shorter blocks are padded at the right, where causal attention cannot see it. `lean` leaves out what leaves no
+    trace in keys and values: the last layer's output, and each layer's at the vectors of a hidden-state prefix.
     """
     results: dict[int, LayerKV] = {}
     for kind in (SoftPrompt, SoftPrefix):
         chosen = [index for index, (vectors, _) in enumerate(items) if isinstance(vectors, kind)]
         if chosen:
-            found = _blocks_by_forward(base, [items[index] for index in chosen])
+            found = _blocks_by_forward(base, [items[index] for index in chosen], lean)
             results.update(zip(chosen, found, strict=True))
     for index, (vectors, block) in enumerate(items):
         if isinstance(vectors, SoftKV):
@@ -107,7 +109,7 @@ def compute_blocks(base: FrozenModel, items: Sequence[tuple[Vectors, Block]]) ->
     return [results[index] for index in range(len(items))]
 
 
-def _blocks_by_forward(base: FrozenModel, items: Sequence[tuple[Vectors, Block]]) -> list[LayerKV]:
+def _blocks_by_forward(base: FrozenModel, items: Sequence[tuple[Vectors, Block]], lean: bool) -> list[LayerKV]:
     """Run blocks of soft prompts, or of soft prefixes, as one batch."""
     from transformers import DynamicCache
 
@@ -123,11 +125,19 @@ def _blocks_by_forward(base: FrozenModel, items: Sequence[tuple[Vectors, Block]]
     prompts = [v.vectors.to(device, base.dtype) for v, _ in items if isinstance(v, SoftPrompt)]
     prefixes = [v.vectors.to(device, base.dtype) for v, _ in items if isinstance(v, SoftPrefix)]
     arguments: dict[str, Any] = {"positions": positions, "cache": cache, "mask": torch.ones_like(positions)}
-    if prompts:
-        base.run_decoder(put_rows(embeds, index, torch.cat(prompts)), **arguments)
-    else:
-        with base.layer_inputs_replaced(index, torch.cat(prefixes, dim=1).unbind()):
-            base.run_decoder(embeds, **arguments)
+    with ExitStack() as stack:
+        if lean:
+            first = torch.zeros(1, dtype=torch.long, device=device)
+            stack.enter_context(base.computed_only_at([-1], first))
+            if prefixes:
+                places = set(range(len(items) * longest)) - set(index.tolist())
+                literal = torch.tensor(sorted(places), device=device) if places else first
+                stack.enter_context(base.computed_only_at(range(len(base.layers) - 1), literal))
+        if prefixes:
+            stack.enter_context(base.layer_inputs_replaced(index, torch.cat(prefixes, dim=1).unbind()))
+        else:
+            embeds = put_rows(embeds, index, torch.cat(prompts))
+        base.run_decoder(embeds, **arguments)
     kept = [block.num_positions for _, block in items]
     return [
         [(layer.keys[row, None, :, :count], layer.values[row, None, :, :count]) for layer in cache.layers]

@@ -17,8 +17,11 @@ from foreword.core.model import FrozenModel, put_rows
 from foreword.core.prompt import KVPrefix
 
 
-def batch_cache(base: FrozenModel, prefixes: Sequence[KVPrefix | None]) -> tuple[Any, Tensor]:
-    """Return a cache holding each row's prefix, right-aligned, and its mask [B, Nmax] (1 at prefix positions)."""
+def batch_cache(base: FrozenModel, prefixes: Sequence[KVPrefix | None], *, growing: bool = True) -> tuple[Any, Tensor]:
+    """Return a cache holding each row's prefix, right-aligned, and its mask [B, Nmax] (1 at prefix positions).
+
+    Unless `growing`, it stays as it is in a forward pass: a layer can be computed again in the backward pass.
+    """
     from transformers import DynamicCache
 
     unique: dict[int, KVPrefix | None] = {id(prefix): prefix for prefix in prefixes}
@@ -40,7 +43,21 @@ def batch_cache(base: FrozenModel, prefixes: Sequence[KVPrefix | None]) -> tuple
                 keys.append(F.pad(prefix.keys[index], pad))
                 values.append(F.pad(prefix.values[index], pad))
         cache.update(_spread(keys, rows), _spread(values, rows), index)
+    if not growing:
+        cache.update = _reading(cache)
     return cache, mask.long()
+
+
+def _reading(cache: Any) -> Any:
+    """Return an `update` that joins a layer's prefix with new keys and values and keeps nothing."""
+
+    def join(keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if layer >= len(cache.layers):
+            return keys, values
+        front = cache.layers[layer]
+        return torch.cat([front.keys, keys], dim=-2), torch.cat([front.values, values], dim=-2)
+
+    return join
 
 
 def _spread(tensors: list[Tensor], rows: Tensor) -> Tensor:
@@ -57,17 +74,19 @@ def forward_rows(
     *,
     select: Tensor | None = None,
     splices: Sequence[tuple[int, int, Tensor]] = (),
+    lean: bool = False,
 ) -> Tensor:
     """Run token rows behind their prefixes; return logits [B, T, V], right-padded, or [len(select), V].
 
     `select` holds flat indices b·T + t with T the longest row. Each of `splices` (row, offset, vectors [S, D]) writes
-    vectors over the embeddings at that place: soft slots behind the text.
+    vectors over the embeddings at that place: soft slots behind the text. `lean` leaves out what the last layer
+    computes for other places than `select` (without repeats).
     """
     device = base.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
     longest = max(len(row) for row in rows)
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-    cache, prefix_mask = batch_cache(base, prefixes)
+    cache, prefix_mask = batch_cache(base, prefixes, growing=False)
     places = torch.arange(longest, device=device)
     mask = torch.cat([prefix_mask, (places < lengths[:, None]).long()], dim=1)
     starts = prefix_mask.sum(1, keepdim=True)
@@ -76,7 +95,10 @@ def forward_rows(
     if splices:
         index = torch.cat([row * longest + offset + torch.arange(len(v), device=device) for row, offset, v in splices])
         inputs = {"embeds": put_rows(base.embed(ids), index, torch.cat([vectors for _, _, vectors in splices]))}
-    return base.run(**inputs, positions=positions, cache=cache, mask=mask, select=select)
+    if not lean or select is None:
+        return base.run(**inputs, positions=positions, cache=cache, mask=mask, select=select)
+    with base.computed_only_at([-1], select):
+        return base.run(**inputs, positions=positions, cache=cache, mask=mask, select=select)
 
 
 def forward(base: FrozenModel, ids: Tensor | Sequence[Sequence[int]], prefix: KVPrefix | None = None) -> Tensor:

@@ -160,6 +160,12 @@ def random_states(base: FrozenModel, num: int, seed: int) -> Tensor:
     return noise * scales[:, None, None]
 
 
+def residual_scale(base: FrozenModel) -> float:
+    """Return the root mean square of the second layer's input on sampled tokens: embedding and first layer together."""
+    states = states_of(base, _sample_rows(base), Block((len(_sample_rows(base)),)))
+    return float(states[min(1, len(states) - 1)].square().mean().sqrt().clamp_min(1e-6))
+
+
 def random_kv(base: FrozenModel, block: Block, seed: int) -> SoftKV:
     """Return Gaussian keys and values of about the median norm of each layer and head on sampled tokens."""
     rows = _sample_rows(base)

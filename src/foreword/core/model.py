@@ -15,12 +15,26 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from foreword.core.pertoken import computed_only_at, per_token_modules
+from foreword.core.quantise import quantisation
 from foreword.core.spec import Fingerprint, LayerSpec, ModelSpec
 from foreword.errors import ConfigError, IncompatibleModel
 
 SAMPLES_PER_TENSOR = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LayerFront:
+    """One layer's keys and values in front of a sequence, where a layer expects a whole cache."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Return all keys and values [B, Hkv, S + T, Dh]; nothing is kept."""
+        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
 
 
 class FrozenModel:
@@ -73,6 +87,27 @@ class FrozenModel:
             ids.update(found if isinstance(found, list | tuple) else [] if found is None else [found])
         return frozenset(ids)
 
+    @cached_property
+    def per_token(self) -> dict[str, type[nn.Module]]:
+        """Names and types of a layer's modules that may skip rows (core/pertoken.py); found on first use."""
+        return per_token_modules(self)
+
+    @contextmanager
+    def computed_only_at(self, layers: Sequence[int], rows: Tensor) -> Iterator[None]:
+        """While active, all of these layers but keys and values is computed at `rows` [K] of the B·T only.
+
+        -1 is the last layer. Outputs elsewhere are not meant to be read. A layer made of other modules than the last
+        one is computed whole.
+        """
+        modules = [
+            module
+            for layer in (number % len(self.layers) for number in layers)
+            for name, kind in self.per_token.items()
+            if type(module := dict(self.layers[layer].named_modules()).get(name)) is kind
+        ]
+        with computed_only_at(modules, rows):
+            yield
+
     def embed(self, ids: Tensor) -> Tensor:
         """Return the rows [..., D] that `inputs_embeds` takes for token ids."""
         rows: Tensor = self.embedding(ids)
@@ -89,12 +124,13 @@ class FrozenModel:
         embeds: Tensor | None = None,
         positions: Tensor,
         cache: Any,
-        mask: Tensor | None = None,
+        mask: Any = None,
         select: Tensor | None = None,
     ) -> Tensor:
         """Run the model on `ids` [B, T] or `embeds` [B, T, D] at `positions` [B, T]; return logits.
 
-        `cache` is a transformers cache (it is filled), `mask` [B, past + T] has 1 at real tokens. With `select`, flat
+        `cache` is a transformers cache (it is filled) or None, `mask` [B, past + T] has 1 at real tokens, or is in the
+        form that the model's attention takes. With `select`, flat
         indices into B·T, logits are computed at those places only and come back as [len(select), V]; otherwise
         [B, T, V]. The head's input is gathered by a pre-hook, so a family's scales and caps of logits still apply.
         """
@@ -103,8 +139,8 @@ class FrozenModel:
             logits: Tensor = self.model(**inputs, **self._arguments(positions, cache, mask)).logits
         return logits[0] if select is not None else logits
 
-    def _arguments(self, positions: Tensor, cache: Any, mask: Tensor | None) -> dict[str, Any]:
-        arguments = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    def _arguments(self, positions: Tensor, cache: Any, mask: Any) -> dict[str, Any]:
+        arguments = {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
         if "position_ids" in self._accepts:  # BLOOM counts positions from the mask
             arguments["position_ids"] = positions
         return arguments
@@ -131,6 +167,36 @@ class FrozenModel:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def fronts_given(self, fronts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """While active, layer l finds keys and values `fronts[l]` [B, Hkv, S, Dh] in front of what it computes.
+
+        Each layer is handed its own and nothing is kept, so that a layer can be computed again, and be compiled once
+        for all. Raises TypeError in a forward of a family whose layers take no cache.
+        """
+
+        def hook_for(front: LayerFront) -> Any:
+            def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                takes = list(inspect.signature(type(module).forward).parameters)[1:]
+                name = next((name for name in ("past_key_values", "layer_past") if name in takes), None)
+                if name is None:
+                    raise TypeError(f"{type(module).__name__} takes no keys and values")
+                if name in kwargs:
+                    return args, kwargs | {name: front}
+                return (*args[: (place := takes.index(name))], front, *args[place + 1 :]), kwargs
+
+            return give
+
+        handles = [
+            layer.register_forward_pre_hook(hook_for(LayerFront(*front)), with_kwargs=True)
+            for layer, front in zip(self.layers, fronts, strict=bool(fronts))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def check_holds(self, num_positions: int) -> None:
         """Raise IncompatibleModel when a layer's window or the position table cannot hold the block."""
         for index, layer in enumerate(self.spec.layers):
@@ -148,7 +214,10 @@ class FrozenModel:
             )
 
     def checksum(self) -> str:
-        """Return an exact hash of every bit of every parameter and buffer, to prove that the base did not change."""
+        """Return an exact hash of every bit of every parameter and buffer, to prove that the base did not change.
+
+        Of a sharded base, of the bits that this process holds.
+        """
         digest = hashlib.sha256()
         for name, tensor in _named_tensors(self.model):
             digest.update(name.encode())
@@ -163,6 +232,7 @@ def load_base(
     device: str = "cpu",
     tokenizer: Any = None,
     attention: str | None = None,
+    quantise: str | None = None,
 ) -> FrozenModel:
     """Load a base and freeze it.
 
@@ -170,8 +240,8 @@ def load_base(
     is the checkpoint's own; "auto" is that too, but float32 on a CPU without instructions for 16-bit products, where
     those are tens of times slower (x86 with AVX2 only: 0.3 against 15 GFLOP/s). `attention` is transformers'
     attn_implementation; None is its default, but "eager" for bfloat16 on a CPU, where the backward pass of its fused
-    attention is slow.
-    Raises ConfigError when nothing can be loaded from `base`, IncompatibleModel when a layer has
+    attention is slow. `quantise` "8bit" or "4bit" holds the weights so, by bitsandbytes on a GPU.
+    Raises ConfigError when nothing can be loaded from `base` or not in this way, IncompatibleModel when a layer has
     no plain keys and values (state-space layers, MLA latents).
     """
     if isinstance(base, FrozenModel):
@@ -182,14 +252,17 @@ def load_base(
 
     if dtype not in ("auto", "checkpoint", *DTYPES):
         raise ConfigError(f"dtype {dtype!r} is not one of auto, checkpoint, {', '.join(DTYPES)}")
-    options = {"attn_implementation": attention} if attention else {}
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if quantise is not None:
+        options |= {"quantization_config": quantisation(quantise, device), "device_map": {"": device}}
     try:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device {device!r} asked for, but no CUDA device is available", hint="Use device=cpu.")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES.get(dtype, "auto"), **options)
         if dtype == "auto" and device == "cpu" and not has_fast_products(model.dtype):
             model = model.float()
-        model = model.to(device)
+        if quantise is None:
+            model = model.to(device)
         if attention is None and device == "cpu" and model.dtype == torch.bfloat16:
             model.set_attn_implementation("eager")
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(base)
@@ -346,7 +419,8 @@ def _sampled_bytes(tensor: Tensor) -> bytes:
 
 def _bits_checksum(tensor: Tensor) -> bytes:
     """Return 16 bytes from all bits of a tensor: a sum and a position-weighted sum of its words, modulo 2^64."""
-    data = tensor.detach().contiguous()
+    data = tensor.detach()
+    data = (data.to_local() if isinstance(data, DTensor) else data).contiguous()
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
     total, weighted = 0, 0
     for start, chunk in enumerate(torch.split(data.reshape(-1).view(words), 1 << 24)):

@@ -1,4 +1,4 @@
-"""A run's curves, as data and as a picture."""
+"""A run's curves: its history as JSONL, and as figures."""
 
 from __future__ import annotations
 
@@ -8,31 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from foreword.core.artefact import write_atomically
+from foreword.report import Lines
+
+MAX_POINTS = 200
+"""Points of a curve at most; of more steps, means of equally many are drawn."""
+
+Points = tuple[tuple[float, float], ...]
 
 
 def write_history(folder: Path, name: str, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write `<name>.history.jsonl` and `<name>.png` into `folder`."""
+    """Write `<name>.history.jsonl` into `folder`."""
     lines = "".join(json.dumps(row) + "\n" for row in history)
     write_atomically(folder / f"{name}.history.jsonl", lines.encode())
-    draw_curves(folder / f"{name}.png", name, history)
 
 
-def draw_curves(path: Path, title: str, history: Sequence[Mapping[str, Any]]) -> None:
-    """Draw training loss, dev loss and dev metric over the steps as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def curves(history: Sequence[Mapping[str, Any]]) -> list[Lines]:
+    """Return the figures that a history has numbers for: losses, dev metric, learning rate, gradient, displacement."""
+    losses = {"training": points(history, "loss"), "dev": points(history, "dev_loss")}
+    shown = {name: series for name, series in losses.items() if series}
+    positive = all(value > 0 for series in shown.values() for _, value in series)
+    figures = [Lines("Loss", "step", "nats per learned token", shown, y_log=positive)]
+    for key, title, unit in (
+        ("dev_metric", "Metric on dev rows", "score"),
+        ("displacement", "Distance of the vectors from their start", "share of the start's norm"),
+        ("grad_norm", "Norm of the gradient, before clipping", "norm"),
+        ("lr", "Learning rate", "relative displacement per step"),
+    ):
+        if series := points(history, key):
+            figures.append(Lines(title, "step", unit, {key.replace("_", " "): series}))
+    return figures
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot([row["step"] for row in history], [row["loss"] for row in history], color="0.7", label="training loss")
-    for key, colour, label in (("dev_loss", "tab:blue", "dev loss"), ("dev_metric", "tab:green", "dev metric")):
-        rows = [row for row in history if key in row]
-        if rows:
-            where = axes if key == "dev_loss" else axes.twinx()
-            where.plot([row["step"] for row in rows], [row[key] for row in rows], "o-", color=colour, label=label)
-            where.legend(loc="upper right" if key == "dev_loss" else "lower right")
-    axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="nats per target token", title=title)
-    axes.legend(loc="upper right")
-    figure.savefig(path, dpi=110)
+
+def points(history: Sequence[Mapping[str, Any]], key: str) -> Points:
+    """Return (step, value) of the rows that have `key`; means over equally many rows where they are too many."""
+    rows = [(row["step"], row[key]) for row in history if row.get(key) is not None]
+    size = -(-len(rows) // MAX_POINTS)
+    if size <= 1:
+        return tuple(rows)
+    bins = (rows[first : first + size] for first in range(0, len(rows), size))
+    return tuple((part[-1][0], sum(value for _, value in part) / len(part)) for part in bins)

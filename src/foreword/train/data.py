@@ -67,27 +67,75 @@ class Material(Protocol):
 def encode_rows(base: FrozenModel, task: Task, template: TaskTemplate, rows: Sequence[Row]) -> list[Example]:
     """Render and tokenise rows as serving does, inputs cut where the task allows it.
 
-    Raises DataError naming the row and both numbers for an input that does not fit, and for an answer longer than
-    `max_new_tokens`.
+    Raises DataError naming the row and both numbers for an input that does not fit, for an answer longer than
+    `max_new_tokens`, and, where all answers of a conversation are learned, for a chat template that does not render
+    the turns before an answer as it did when that answer was due.
     """
-    tokenizer, longest_answer = base.tokenizer, task.config.max_new_tokens
-    limit = task.input_limit(tokenizer, base.spec.max_positions, template)
+    tokenizer, window = base.tokenizer, base.spec.max_positions
+    limit = task.input_limit(tokenizer, window, template)
+    block = template.block(tokenizer).num_positions
     examples = []
     for row in rows:
-        target = encode_target(tokenizer, row.target, base.stop_ids)
-        if len(target) > longest_answer:
-            raise DataError(
-                f"task {task.name!r}, row {row.line}: the target takes {len(target)} tokens with its end, "
-                f"max_new_tokens is {longest_answer}",
-                hint="Raise max_new_tokens in [task], or shorten the target.",
-            )
+        target = _encode_answer(base, task, row, row.target, "the target")
         fitted = task.fit(row, tokenizer, limit)
         if fitted.messages is not None:
             rendered = template.render_messages(tokenizer, fitted.messages)
         else:
             rendered = template.render(tokenizer, fitted.input)
-        examples.append(Example([*rendered.ids, *target], len(target), rendered.slots))
+        needed = block + len(rendered.ids) + task.config.max_new_tokens
+        if window is not None and needed > window:
+            raise DataError(
+                f"task {task.name!r}, {row.place}: block, conversation and max_new_tokens take {needed} positions, "
+                f"the base has {window}",
+                hint="Shorten the turns, or lower max_new_tokens.",
+            )
+        ids = [*rendered.ids, *target]
+        spans = _answer_spans(base, task, template, fitted, ids) if task.config.learn == "all" else ()
+        if spans:
+            spans = (*spans, (len(rendered.ids), len(ids)))
+        examples.append(Example(ids, len(target), rendered.slots, spans))
     return examples
+
+
+def _encode_answer(base: FrozenModel, task: Task, row: Row, text: str, name: str) -> list[int]:
+    ids = encode_target(base.tokenizer, text, base.stop_ids)
+    if len(ids) > task.config.max_new_tokens:
+        raise DataError(
+            f"task {task.name!r}, {row.place}: {name} takes {len(ids)} tokens with its end, "
+            f"max_new_tokens is {task.config.max_new_tokens}",
+            hint="Raise max_new_tokens in [task], or shorten it.",
+        )
+    return ids
+
+
+def _answer_spans(
+    base: FrozenModel, task: Task, template: TaskTemplate, row: Row, ids: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Return where the answers before the last one stand in `ids`, each with its end token.
+
+    An answer is an assistant's turn behind a user's, of weight 1. At each, `ids` must be what serving sees and says
+    there: the turns before it rendered by themselves, then the answer's own tokens.
+    """
+    turns = row.messages or ()
+    first_user = next((place for place, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+    spans = []
+    for place, turn in enumerate(turns):
+        if turn["role"] != "assistant" or place < first_user or place in row.weightless:
+            continue
+        before = template.render_messages(base.tokenizer, turns[:place]).ids
+        answer = _encode_answer(base, task, row, turn["content"], f"messages[{place}]")
+        served = [*before, *answer]
+        end = len(served)
+        if served != list(ids[:end]):
+            first = next(i for i, token in enumerate(served) if i >= len(ids) or token != ids[i])
+            whole, alone = (base.tokenizer.decode(part[first : first + 1]) for part in (ids, served))
+            raise DataError(
+                f"task {task.name!r}, {row.place}: the answer messages[{place}] stands otherwise in the whole "
+                f"conversation than when it is due: token {first} behind the block is {whole!r} there, {alone!r} here",
+                hint='The chat template rewrites earlier turns: set learn = "last", or give each answer its own row.',
+            )
+        spans.append((len(before), end))
+    return tuple(spans)
 
 
 class BatchOrder:

@@ -16,12 +16,18 @@ from foreword.core.compile import compile
 from foreword.core.model import FrozenModel
 from foreword.core.prompt import vectors_from_tensors
 from foreword.errors import ArtefactError, ConfigError, ForewordError
+from foreword.report import write
 from foreword.train.checkpoint import FILE, load_checkpoint, save_checkpoint
 from foreword.train.curves import write_history
-from foreword.train.export import export
-from foreword.train.loss import MICRO_TOKENS, mean_losses, step_gradients
-from foreword.train.run import Run, RunResult
+from foreword.train.distributed import folder_to_write, world
+from foreword.train.export import export, export_shared
+from foreword.train.loss import MICRO_TOKENS, PLAIN, mean_losses, step_gradients
+from foreword.train.observers import Observer, Watch
+from foreword.train.report import Pace, run_report
+from foreword.train.run import Controller, Run, RunResult, Standing
+from foreword.train.sharing import Group, build_states
 from foreword.train.state import RunState
+from foreword.train.strategy import Strategy, choose_strategy
 
 RESULTS = "results.json"
 
@@ -54,77 +60,122 @@ def fit(
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     micro_tokens: int = MICRO_TOKENS,
+    controller: Controller | None = None,
+    observers: Sequence[Observer] = (),
+    reports: bool = True,
+    strategy: Strategy | None = None,
 ) -> list[RunResult]:
     """Train the vectors of one or many runs in one pass over the frozen base; write an artefact for each into `out`.
 
     Rows of all runs share forwards, each run has its own optimizer, schedule, early stop and best-so-far, and gets the
-    vectors it would get alone. `out` receives `<name>.safetensors`, `<name>.history.jsonl`, `<name>.png`,
+    vectors it would get alone. `out` receives `<name>.safetensors`, `<name>.history.jsonl`, `<name>.html` (`reports`),
     `results.json`, and while training a checkpoint that `resume` goes on from exactly. A run whose loss is NaN stops
-    with its last good vectors kept (status "diverged"), its neighbours go on.
+    with its last good vectors kept (status "diverged"), its neighbours go on. `controller` may stop runs between steps,
+    which changes nothing for those that go on. Runs of a group (`train.share`) also train a common source, written as
+    `<group>.shared.safetensors`. `observers`, such as trackers, are told of every step; one that fails is left out, by
+    a warning. `strategy` is how steps run the base (train/strategy.py); None chooses by its device. In a launch of
+    several processes (train/distributed.py) all call `fit`, the first one writes.
 
     Raises ConfigError and DataError before any training, TrainingInterrupted on SIGINT or SIGTERM with the state
     saved, RuntimeError if a base tensor changed.
     """
     folder = Path(out)
     _check_runs(runs, folder, resume)
-    states = [RunState(base, run) for run in runs]
-    load_checkpoint(folder, base, states)
-    before = base.checksum()
-    with _stop_on_signals() as stop:
-        try:
-            _train(base, states, folder, stop, on_progress, micro_tokens)
-        finally:
-            if base.checksum() != before:
-                raise RuntimeError("a tensor of the base changed while training; do not use its vectors")
-    results = []
-    for state in states:
-        state.finish()
-        results.append(_result(base, state, folder))
-    write_atomically(folder / RESULTS, json.dumps([result.to_json() for result in results], indent=2).encode())
-    (folder / FILE).unlink(missing_ok=True)
-    return results
+    strategy = choose_strategy(base) if strategy is None else strategy
+    states, groups = build_states(base, runs)
+    load_checkpoint(folder, base, states, groups)
+    before, watch = base.checksum(), Watch(observers if world().is_main else ())
+    watch.start(states)
+    world().wait()
+    with folder_to_write(folder) as written:
+        with _stop_on_signals() as stop:
+            try:
+                pace = _train(
+                    base, states, groups, written, stop, on_progress, micro_tokens, controller, watch, strategy
+                )
+            finally:
+                watch.finish(states)
+                if base.checksum() != before:
+                    raise RuntimeError("a tensor of the base changed while training; do not use its vectors")
+        results = []
+        for state in states:
+            state.finish()
+            results.append(_result(base, state, written))
+            results[-1].artefact = folder / f"{state.run.name}.safetensors"
+        for group in groups:
+            export_shared(base, group, written / f"{group.name}.shared.safetensors")
+        write_atomically(written / RESULTS, json.dumps([result.to_json() for result in results], indent=2).encode())
+        (written / FILE).unlink(missing_ok=True)
+        for state in states if reports else ():
+            write(run_report(base, state, pace), written / f"{state.run.name}.html")
+        return results
 
 
 def _train(
     base: FrozenModel,
     states: Sequence[RunState],
+    groups: Sequence[Group],
     folder: Path,
     stop: threading.Event,
     on_progress: Callable[[Progress], None] | None,
     micro_tokens: int,
-) -> None:
+    controller: Controller | None,
+    watch: Watch,
+    strategy: Strategy,
+) -> Pace:
     started, last_save, tokens = time.monotonic(), time.monotonic(), 0
     every = min(state.run.config.checkpoint_every_s for state in states)
     first = sum(state.step for state in states)
     while active := [state for state in states if state.is_running]:
-        tokens += _step(base, active, micro_tokens)
+        tokens += one_step(base, active, groups, micro_tokens, strategy)
         _evaluate_due(base, active)
+        watch.step(active)
+        if controller is not None:
+            _stop_by(controller, states)
         now = time.monotonic()
-        if on_progress is not None:
+        if on_progress is not None and world().is_main:
             on_progress(_progress(states, tokens, now - started, first))
-        if stop.is_set():
-            save_checkpoint(folder, base, states)
+        if world().any(stop.is_set()):
+            save_checkpoint(folder, base, states, groups)
             raise TrainingInterrupted(
                 f"stopped after step {max(state.step for state in states)}; the state is in {folder / FILE}",
                 hint="Run the same command with --resume to go on.",
             )
         if now - last_save > every:
-            _save_if_possible(folder, base, states)
+            _save_if_possible(folder, base, states, groups)
             last_save = time.monotonic()
+    return Pace(time.monotonic() - started, tokens, sum(state.step for state in states) - first, len(states))
 
 
-def _step(base: FrozenModel, active: Sequence[RunState], micro_tokens: int) -> int:
+def one_step(
+    base: FrozenModel,
+    active: Sequence[RunState],
+    groups: Sequence[Group],
+    micro_tokens: int,
+    strategy: Strategy = PLAIN,
+) -> int:
     """Take one step of every active run; return the text tokens seen."""
     batches = [state.step_batch() for state in active]
-    losses = step_gradients(base, batches, micro_tokens)
+    losses = step_gradients(base, batches, micro_tokens, strategy)
     total = 0
     for state, batch, loss in zip(active, batches, losses, strict=True):
         count = sum(len(row.ids) for row in batch.rows)
         total += count
         state.update(loss, count)
+    for group in groups:
+        group.update(active)
+    for state in active:
         if state.step >= state.run.config.steps and state.is_running:
             state.status = "done"
     return total
+
+
+def _stop_by(controller: Controller, states: Sequence[RunState]) -> None:
+    standings = [Standing(state.run, state.step, state.status, state.history) for state in states]
+    names = controller(standings)
+    for state in states:
+        if state.is_running and state.run.name in names:
+            state.status = "stopped"
 
 
 def _evaluate_due(base: FrozenModel, active: Sequence[RunState]) -> None:
@@ -189,12 +240,12 @@ def _check_runs(runs: Sequence[Run], folder: Path, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _save_if_possible(folder: Path, base: FrozenModel, states: Sequence[RunState]) -> None:
+def _save_if_possible(folder: Path, base: FrozenModel, states: Sequence[RunState], groups: Sequence[Group]) -> None:
     """Write a checkpoint; a full disk now may be free again later, and the vectors in memory are still good."""
     import warnings
 
     try:
-        save_checkpoint(folder, base, states)
+        save_checkpoint(folder, base, states, groups)
     except ArtefactError as error:
         warnings.warn(f"no checkpoint was written: {error}", stacklevel=2)
 

@@ -6,7 +6,7 @@ carried back through the block once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,22 @@ from torch import Tensor
 from foreword.core.compile import compute_blocks
 from foreword.core.forward import forward_rows
 from foreword.core.model import FrozenModel
-from foreword.core.prompt import KVPrefix, SoftPrompt
+from foreword.core.packed import Front, InSequence, forward_packed
+from foreword.core.prompt import KVPrefix, SoftPrompt, Vectors, vectors_from_tensors
 from foreword.train.data import Example, SoftTargets
+from foreword.train.distributed import world
+from foreword.train.strategy import Strategy
 from foreword.train.tuners import Tuner
 
 TINY = 1e-6
 """The least probability of the bucket of other tokens: about what float32 leaves of 1 - p."""
 MICRO_TOKENS = 4096
 """Padded tokens of one forward at most; longer steps are cut into micro-batches with the same gradients."""
+
+PLAIN = Strategy()
+"""Padded rows, nothing compiled."""
+Forward = Callable[..., Tensor]
+"""`forward_padded` or `forward_packed`: (base, rows, fronts, select, splices) -> logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,34 +47,95 @@ class Batch:
         return sum(len(row.learned) for row in self.rows)
 
 
-def step_gradients(base: FrozenModel, batches: Sequence[Batch], micro_tokens: int = MICRO_TOKENS) -> list[float]:
+def step_gradients(
+    base: FrozenModel,
+    batches: Sequence[Batch],
+    micro_tokens: int = MICRO_TOKENS,
+    strategy: Strategy = PLAIN,
+) -> list[float]:
     """Add each run's gradient to its tuner's parameters; return each run's mean loss over its target tokens in nats.
 
-    A row's loss depends on its own run's vectors only, so runs share forwards without sharing gradients.
+    A row's loss depends on its own run's vectors only, so runs share forwards without sharing gradients. Of several
+    processes (train/distributed.py) each takes a part of the rows; all get the same gradients and losses.
     """
     vectors = [batch.tuner.vectors() for batch in batches]
-    blocks = compute_blocks(base, [(v, b.tuner.block) for v, b in zip(vectors, batches, strict=True)])
-    outputs, leaves, prefixes = [], [], []
+    weights = [1.0 / batch.num_targets for batch in batches]
+    rows = [(index, row) for index, batch in enumerate(batches) for row in batch.rows]
+    together = world()
+    fronts, cut = _cut_vectors(vectors, batches) if strategy.packed else _cut_blocks(base, vectors, batches)
+    losses = torch.zeros(len(batches), dtype=torch.float64)
+    with strategy.active(base):
+        for part in micro_batches(rows, micro_tokens * together.size):
+            losses += _backward(base, part, fronts, weights, forward_packed if strategy.packed else forward_padded)
+    known = [(made, leaf.grad) for made, leaf in cut if leaf.grad is not None and made.requires_grad]
+    torch.autograd.backward([made for made, _ in known], [gradient for _, gradient in known])
+    if together.size > 1:
+        for parameter in (p for batch in batches for p in batch.tuner.parameters()):
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            together.sum([parameter.grad])
+        losses = _summed(losses, base.device)
+    return losses.tolist()
+
+
+def _backward(
+    base: FrozenModel,
+    part: Sequence[tuple[int, Example]],
+    fronts: Sequence[Front],
+    weights: Sequence[float],
+    forward: Forward,
+) -> Tensor:
+    """Run one forward and backward pass over this process's rows of the part; return each run's weighted loss.
+
+    Where the part has fewer rows than there are processes, the others run a row that does not count.
+    """
+    mine, counts = world().part(part), 1.0
+    if not mine:
+        mine, counts = list(part[:1]), 0.0
+    runs, losses_per_token = target_losses(base, mine, fronts, forward)
+    scale = torch.tensor([counts * weights[run] for run in runs], device=losses_per_token.device)
+    weighted = losses_per_token * scale
+    torch.autograd.backward(weighted.sum())
+    losses = torch.zeros(len(fronts), dtype=torch.float64)
+    return losses.index_add_(0, torch.tensor(runs), weighted.detach().cpu().double())
+
+
+def _summed(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return float64 numbers added up over all processes."""
+    there = numbers.to(device)
+    world().sum([there])
+    return there.cpu()
+
+
+Cut = list[tuple[Tensor, Tensor]]
+"""Pairs of a tensor in the graph and the leaf that stands for it while rows are run."""
+
+
+def _cut_vectors(vectors: Sequence[Vectors], batches: Sequence[Batch]) -> tuple[list[Front], Cut]:
+    """Return blocks to be computed with the rows, their vectors cut from the graph."""
+    fronts: list[Front] = []
+    cut: Cut = []
+    for made, batch in zip(vectors, batches, strict=True):
+        tensors = made.tensors()
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        cut += [(tensor, leaves[name]) for name, tensor in tensors.items()]
+        fronts.append(InSequence(vectors_from_tensors(leaves, batch.tuner.block), batch.tuner.block))
+    return fronts, cut
+
+
+def _cut_blocks(base: FrozenModel, vectors: Sequence[Vectors], batches: Sequence[Batch]) -> tuple[list[Front], Cut]:
+    """Compute every block; return its keys and values, cut from the graph."""
+    blocks = compute_blocks(base, [(v, b.tuner.block) for v, b in zip(vectors, batches, strict=True)], lean=True)
+    prefixes: list[Front] = []
+    cut: Cut = []
     for made, layers in zip(vectors, blocks, strict=True):
         after = made.after if isinstance(made, SoftPrompt) else None
         tensors = [tensor[0] for pair in layers for tensor in pair] + ([] if after is None else [after])
-        cut = [tensor.detach().requires_grad_() for tensor in tensors]
-        outputs += tensors
-        leaves += cut
-        pairs = cut[: 2 * len(layers)]
-        prefixes.append(KVPrefix(tuple(pairs[0::2]), tuple(pairs[1::2]), "", after=None if after is None else cut[-1]))
-    losses = torch.zeros(len(batches), dtype=torch.float64)
-    weights = [1.0 / batch.num_targets for batch in batches]
-    rows = [(index, row) for index, batch in enumerate(batches) for row in batch.rows]
-    for part in micro_batches(rows, micro_tokens):
-        runs, losses_per_token = target_losses(base, part, prefixes)
-        scale = torch.tensor([weights[run] for run in runs], device=losses_per_token.device)
-        weighted = losses_per_token * scale
-        torch.autograd.backward(weighted.sum())
-        losses.index_add_(0, torch.tensor(runs), weighted.detach().cpu().double())
-    known = [(output, leaf.grad) for output, leaf in zip(outputs, leaves, strict=True) if leaf.grad is not None]
-    torch.autograd.backward([output for output, _ in known], [gradient for _, gradient in known])
-    return losses.tolist()
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        cut += list(zip(tensors, leaves, strict=True))
+        pairs = leaves[: 2 * len(layers)]
+        last = None if after is None else leaves[-1]
+        prefixes.append(KVPrefix(tuple(pairs[0::2]), tuple(pairs[1::2]), "", after=last))
+    return prefixes, cut
 
 
 def mean_losses(base: FrozenModel, items: Sequence[tuple[KVPrefix | None, Sequence[Example]]]) -> list[float]:
@@ -78,9 +147,12 @@ def mean_losses(base: FrozenModel, items: Sequence[tuple[KVPrefix | None, Sequen
     rows = [(index, row) for index, (_, examples) in enumerate(items) for row in examples]
     prefixes = [prefix for prefix, _ in items]
     with torch.no_grad():
-        for part in micro_batches(rows, MICRO_TOKENS):
-            runs, losses = target_losses(base, part, prefixes)
-            totals.index_add_(0, torch.tensor(runs), losses.cpu().double())
+        for part in micro_batches(rows, MICRO_TOKENS * world().size):
+            mine = world().part(part)
+            runs, losses = target_losses(base, mine or part[:1], prefixes)
+            if mine:
+                totals.index_add_(0, torch.tensor(runs), losses.cpu().double())
+    totals = _summed(totals, base.device)
     counts = [sum(len(row.learned) for row in examples) for _, examples in items]
     return [total / count for total, count in zip(totals.tolist(), counts, strict=True)]
 
@@ -100,28 +172,46 @@ def micro_batches(rows: Sequence[tuple[int, Example]], tokens: int) -> Iterator[
 
 
 def target_losses(
-    base: FrozenModel, part: Sequence[tuple[int, Example]], prefixes: Sequence[KVPrefix | None]
+    base: FrozenModel,
+    part: Sequence[tuple[int, Example]],
+    fronts: Sequence[Front],
+    forward: Forward | None = None,
 ) -> tuple[list[int], Tensor]:
-    """Return, for every learned token of the part, its run and its loss in nats [N]."""
-    longest = max(len(row.ids) for _, row in part)
-    places: list[int] = []
+    """Return, for every learned token of the part, its run and its loss in nats [N].
+
+    Tokens from the last learned one on predict nothing that is learned: they are left out.
+    """
+    ends = [row.learned[-1] for _, row in part]
+    places: list[tuple[int, int]] = []
     runs: list[int] = []
     splices: list[tuple[int, int, Tensor]] = []
-    for place, (run, row) in enumerate(part):
-        places += [place * longest + target - 1 for target in row.learned]
+    for number, (run, row) in enumerate(part):
+        places += [(number, target - 1) for target in row.learned]
         runs += [run] * len(row.learned)
-        prefix = prefixes[run]
-        after = None if prefix is None else prefix.after
-        if after is not None:
-            splices += [(place, offset, after[start : start + count]) for offset, start, count in row.slots]
-    logits = forward_rows(
-        base,
-        [row.ids for _, row in part],
-        [prefixes[run] for run, _ in part],
-        select=torch.tensor(places, device=base.device),
-        splices=splices,
-    )
+        front = fronts[run]
+        if (after := getattr(front.vectors if isinstance(front, InSequence) else front, "after", None)) is not None:
+            splices += [
+                (number, offset, after[start : start + min(count, ends[number] - offset)])
+                for offset, start, count in row.slots
+                if offset < ends[number]
+            ]
+    rows = [(run, row.ids[:end]) for end, (run, row) in zip(ends, part, strict=True)]
+    logits = (forward or forward_padded)(base, rows, fronts, places, splices)
     return runs, losses_at_targets(logits.float(), [row for _, row in part])
+
+
+def forward_padded(
+    base: FrozenModel,
+    rows: Sequence[tuple[int, Sequence[int]]],
+    fronts: Sequence[Front],
+    select: Sequence[tuple[int, int]],
+    splices: Sequence[tuple[int, int, Tensor]] = (),
+) -> Tensor:
+    """Do what `forward_packed` does with padded rows, for blocks that are computed before."""
+    longest = max(len(ids) for _, ids in rows)
+    prefixes = [front for run, _ in rows if not isinstance(front := fronts[run], InSequence)]
+    wanted = torch.tensor([row * longest + offset for row, offset in select], device=base.device)
+    return forward_rows(base, [ids for _, ids in rows], prefixes, select=wanted, splices=splices, lean=True)
 
 
 def losses_at_targets(logits: Tensor, rows: Sequence[Example]) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from foreword.config import TrainConfig, load_task
+from foreword.config import OptimizerName, TrainConfig, load_task
 from foreword.core.template import TaskTemplate
 from foreword.errors import ForewordError
 from foreword.eval.tasks import Task
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from foreword.core.prompt import Vectors
     from foreword.train.data import Material
 
-Status = Literal["running", "done", "early_stopped", "diverged"]
+Status = Literal["running", "done", "early_stopped", "stopped", "diverged"]
+"""`early_stopped` by the run's own patience, `stopped` by the controller of its `fit`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +27,34 @@ class MethodDefaults:
     """What a method trains with where the user sets nothing; measured, see docs/training.md."""
 
     lr: float
-    """Peak learning rate, relative to the vectors' root mean square (train/tuners.py)."""
+    """Peak learning rate with Muon, relative to the vectors' scale (train/tuners.py)."""
+    adaptive_lr: float
+    """The same with AdamW or Adafactor."""
     init: str
 
 
 DEFAULTS: Mapping[str, MethodDefaults] = {
-    "prompt": MethodDefaults(lr=1.0, init="text"),
-    "prefix": MethodDefaults(lr=0.2, init="text"),
-    "kv": MethodDefaults(lr=0.1, init="text"),
+    "prompt": MethodDefaults(lr=0.5, adaptive_lr=0.3, init="text"),
+    "prefix": MethodDefaults(lr=0.2, adaptive_lr=0.2, init="text"),
+    "kv": MethodDefaults(lr=0.05, adaptive_lr=0.1, init="text"),
 }
 
 
 ENCODER_LR = 0.02
 """Default for runs with an encoder, whose weights move many numbers at once."""
+
+
+def optimizer_of(config: TrainConfig) -> OptimizerName:
+    """Return the optimizer of a configuration: its own, else Muon for plain vectors and AdamW for encoders."""
+    return config.optimizer or ("muon" if config.encoder == "none" else "adamw")
+
+
+def default_lr(config: TrainConfig) -> float:
+    """Return the measured peak learning rate for a configuration's method, encoder and optimizer."""
+    if config.encoder != "none":
+        return ENCODER_LR
+    defaults = DEFAULTS[config.method]
+    return defaults.lr if optimizer_of(config) == "muon" else defaults.adaptive_lr
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +91,12 @@ class Run:
     @property
     def lr(self) -> float:
         """The peak learning rate: the run's own, else the method's default, or that of encoders."""
-        if self.config.lr is not None:
-            return self.config.lr
-        return DEFAULTS[self.config.method].lr if self.config.encoder == "none" else ENCODER_LR
+        return default_lr(self.config) if self.config.lr is None else self.config.lr
+
+    @property
+    def optimizer(self) -> OptimizerName:
+        """The optimizer: the run's own, else Muon for plain vectors and AdamW for an encoder."""
+        return optimizer_of(self.config)
 
     @property
     def eval_every(self) -> int:
@@ -89,6 +108,7 @@ class Run:
         config = dataclasses.replace(
             self.config,
             lr=self.lr,
+            optimizer=self.optimizer,
             init=self.config.init or DEFAULTS[self.config.method].init,
             eval_every=self.eval_every,
         )
@@ -98,6 +118,24 @@ class Run:
     def data_sha256(self) -> str:
         """Return the hash of what the run learns from."""
         return self.task.data_sha256("train") if self.material is None else self.material.sha256()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a run stands in the middle of a `fit`: what a controller decides from."""
+
+    run: Run
+    step: int
+    """Finished optimizer steps."""
+    status: Status
+    history: Sequence[Mapping[str, Any]]
+    """As in `RunResult.history`, so far."""
+
+
+Controller = Callable[[Sequence[Standing]], Collection[str]]
+"""Returns the names of runs to stop now (status "stopped", best vectors kept). Called after every step.
+
+It decides from the standings alone, so that a resumed training makes the same decisions."""
 
 
 @dataclass(slots=True)

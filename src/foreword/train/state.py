@@ -3,49 +3,78 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from foreword.config import TrainConfig
 from foreword.core.artefact import load_artefact
-from foreword.core.init import from_vectors, initial_vectors
+from foreword.core.init import from_vectors, initial_vectors, residual_scale
 from foreword.core.model import FrozenModel
 from foreword.core.prompt import KVPrefix, Vectors
 from foreword.errors import ConfigError, DataError, IncompatibleModel, TrainingDiverged
-from foreword.eval.tasks import sample_rows
+from foreword.eval.tasks import Split, sample_rows
 from foreword.train.data import BatchOrder, Example, encode_rows
 from foreword.train.loss import Batch
+from foreword.train.muon import Muon
 from foreword.train.run import DEFAULTS, Run, Status
 from foreword.train.tuners import Tuner
+
+if TYPE_CHECKING:
+    from foreword.eval.report import EvalRow
 
 GENERIC_TEXT = "Read the message and answer with the right text for it."
 GENERIC_LABELS = "Read the message and answer with the right label for it: "
 BETAS = (0.7, 0.9)
 """AdamW's averages over about 3 and 10 steps: runs are short, gradients of few vectors turn quickly; measured by
 bench/defaults.py."""
+NUM_ANSWERS = 8
+"""Dev rows of an evaluation that are kept with their answers for the run's report."""
 
 
 class RunState:
-    """One run while it trains. `step` counts finished optimizer steps."""
+    """One run while it trains. `step` counts finished optimizer steps.
 
-    def __init__(self, base: FrozenModel, run: Run) -> None:
-        config, task = run.config, run.task
+    `leader` is the first member of the run's group, at whose start it begins (train/sharing.py). `encoded` keeps rows
+    as tokens, so that runs of one task over one template read them once.
+    """
+
+    def __init__(
+        self,
+        base: FrozenModel,
+        run: Run,
+        leader: RunState | None = None,
+        encoded: dict[Any, list[Example]] | None = None,
+    ) -> None:
+        config = run.config
         self.run = run
         self.template = run.template
         self.block = self.template.block(base.tokenizer)
         self._check_slots(base)
         if run.material is None:
-            rows = sample_rows(task.rows("train"), config.max_train_rows, config.seed)
-            self.train, self.dev = encode_rows(base, task, self.template, rows), self._dev_examples(base)
+            self.train, self.dev = self._encode(base, {} if encoded is None else encoded)
         else:
             self.train, self.dev = run.material.examples(base, self.template)
         self.parent = run.parent
-        tuner = Tuner(self._initial(base), self.block, config.encoder, config.seed, config.frozen_vectors)
+        initial = self._initial(base) if leader is None else self._start_of(leader)
+        tuner = Tuner(
+            initial,
+            self.block,
+            config.encoder,
+            config.seed,
+            config.frozen_vectors,
+            rank=config.rank,
+            is_shared=config.share is not None,
+            scale=residual_scale(base) if config.method == "prompt" else None,
+        )
         self.tuner = tuner.to(base.device)
-        self.optimizer = _optimizer(self.tuner, run)
+        self.optimizer = make_optimizer(self.tuner.own_parameters(), run, self.tuner.widths)
         self.order = BatchOrder([len(row.ids) for row in self.train], config.batch_size, config.seed)
         self.step = 0
         self.status: Status = "running"
@@ -53,7 +82,17 @@ class RunState:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self.best_tensors: dict[str, Tensor] = {}
-        self.good_tensors = self.snapshot()
+        self.good_tensors = self.start_tensors = self.snapshot()
+        self.answers: dict[int, tuple[EvalRow, ...]] = {}
+        """Some dev rows with their answers, by the step of their evaluation; for reading, not kept over a resume."""
+
+    @functools.cached_property
+    def rows_sha256(self) -> str:
+        """Hash of what is learned: token ids, learned places, a teacher's probabilities."""
+        taught = [
+            (row.ids, row.learned, [] if row.teacher is None else row.teacher.log_probs.tolist()) for row in self.train
+        ]
+        return hashlib.sha256(repr(taught).encode()).hexdigest()
 
     @property
     def is_running(self) -> bool:
@@ -89,6 +128,7 @@ class RunState:
             self._diverge(loss, rate)
             return
         self.good_tensors = self.snapshot()
+        moved = distance(self.good_tensors, self.start_tensors)
         clip = self.run.config.clip
         if clip and norm > clip:
             for parameter in parameters:
@@ -99,7 +139,8 @@ class RunState:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.history.append({"step": self.step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": num_tokens})
+        row = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": norm, "displacement": moved}
+        self.history.append({**row, "tokens": num_tokens})
 
     def note(self, measures: dict[str, float]) -> None:
         """Take up an evaluation: add it to the history, keep the vectors if they are the best, stop if none came."""
@@ -135,7 +176,9 @@ class RunState:
         prefix = dataclasses.replace(prefix, template=self.template, max_new_tokens=self.run.task.config.max_new_tokens)
         engine.add_prefix(self.run.name, prefix)
         limit = self.run.config.eval_rows
-        return evaluate(engine, self.run.task, prefix=self.run.name, split="dev", limit=limit).score
+        report = evaluate(engine, self.run.task, prefix=self.run.name, split="dev", limit=limit)
+        self.answers[self.step] = report.rows[:NUM_ANSWERS]
+        return report.score
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain part of the state; `from_json` puts it back."""
@@ -178,13 +221,20 @@ class RunState:
             )
         base.check_holds(self.block.num_positions)
 
-    def _dev_examples(self, base: FrozenModel) -> list[Example]:
+    def _encode(self, base: FrozenModel, encoded: dict[Any, list[Example]]) -> tuple[list[Example], list[Example]]:
+        """Return training and dev rows as tokens; `encoded` holds those that another run needed before."""
         task, config = self.run.task, self.run.config
-        if task.config.dev is None:
-            if config.best_by == "metric" or config.patience is not None:
-                raise ConfigError('best_by = "metric" and patience need task.dev', hint="Give a dev file.")
-            return []
-        return encode_rows(base, task, self.template, sample_rows(task.rows("dev"), config.eval_rows, seed=0))
+        if task.config.dev is None and (config.best_by == "metric" or config.patience is not None):
+            raise ConfigError('best_by = "metric" and patience need task.dev', hint="Give a dev file.")
+        found = []
+        parts: list[tuple[Split, int | None, int]] = [("train", config.max_train_rows, config.seed)]
+        parts += [("dev", config.eval_rows, 0)] if task.config.dev is not None else []
+        for split, limit, seed in parts:
+            key = task.config, json.dumps(self.template.to_json()), split, limit, seed if limit else None
+            if key not in encoded:
+                encoded[key] = encode_rows(base, task, self.template, sample_rows(task.rows(split), limit, seed))
+            found.append(encoded[key])
+        return found[0], found[1] if len(found) > 1 else []
 
     def _initial(self, base: FrozenModel) -> Vectors:
         config, task, start = self.run.config, self.run.task, self.run.start
@@ -203,6 +253,17 @@ class RunState:
         return initial_vectors(
             base, config.method, self.block, spec, labels=labels, seed=config.seed, after=self.template.num_after
         )
+
+    def _start_of(self, leader: RunState) -> Vectors:
+        mine, theirs = ((t.num_left, t.num_after) for t in (self.template, leader.template))
+        if mine != theirs:
+            raise ConfigError(
+                f"runs {leader.run.name} and {self.run.name} share a source, and differ in shape: "
+                f"{_shape(leader.tuner, *theirs)} and {_shape(leader.tuner, *mine)}",
+                hint="Give both the same number of vectors, for example by train.num_vectors.",
+            )
+        self.parent = leader.parent
+        return dataclasses.replace(leader.tuner.initial, block=self.block)
 
     def _from_version(self, reference: str) -> Vectors:
         from pathlib import Path
@@ -226,6 +287,12 @@ class RunState:
             )
 
 
+def distance(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+    """Return how far vectors are from their start, as a share of its norm: ||P - P0|| / ||P0||."""
+    moved = math.sqrt(sum(float((tensor - start[name]).square().sum()) for name, tensor in tensors.items()))
+    return moved / max(math.sqrt(sum(float(tensor.square().sum()) for tensor in start.values())), 1e-30)
+
+
 def lr_factor(config: TrainConfig, step: int) -> float:
     """Return the part of the peak learning rate that a step, counted from 0, has: warm-up, then the schedule."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
@@ -234,8 +301,17 @@ def lr_factor(config: TrainConfig, step: int) -> float:
     return warm * shape[config.schedule]
 
 
-def _optimizer(tuner: Tuner, run: Run) -> torch.optim.Optimizer:
-    parameters, decay = list(tuner.parameters()), run.config.weight_decay
-    if run.config.optimizer == "adafactor":
+def make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], run: Run, widths: Sequence[int] = ()
+) -> torch.optim.Optimizer:
+    """Return the optimizer that a run asks for, over `parameters`; `widths` are those of the vectors' parts."""
+    decay = run.config.weight_decay
+    if run.optimizer == "muon":
+        return Muon(parameters, lr=run.lr, weight_decay=decay, widths=widths)
+    if run.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=run.lr, weight_decay=decay)
     return torch.optim.AdamW(parameters, lr=run.lr, betas=BETAS, weight_decay=decay)
+
+
+def _shape(tuner: Tuner, num_left: int, num_after: int) -> list[int]:
+    return [num_left + num_after, tuner.width]

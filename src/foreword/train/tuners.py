@@ -1,8 +1,10 @@
 """What an optimiser moves: the vectors themselves, or an encoder that produces them while training.
 
 Every kind of vectors is one matrix θ [P, F] here, F the numbers of one position over all layers; each part (a layer's
-hidden states, a layer's keys, a layer's values) is divided by the root mean square of its initial values. So a
-learning rate is a relative displacement per step, whatever the scale of a base's embeddings, keys and values.
+hidden states, a layer's keys, a layer's values) is divided by the root mean square of its initial values, a prompt by
+that of the second layer's input: what the first layer writes is 10 to 60 times longer than an embedding, and the rows
+must stand beside it. So a learning rate is a relative displacement per step, whatever the scale of a base's hidden
+states, keys and values.
 An encoder's output is all that is exported.
 """
 
@@ -46,24 +48,39 @@ class Tuner(nn.Module):
     """Trainable form of one run's vectors, in float32; `vectors()` is what it stands for now.
 
     The first `num_frozen` vectors stay as they begin: a frozen first token keeps the attention that models rest there.
+    `scale`, where given, is what all parts are divided by in place of their own root mean square.
+    `rank` and `is_shared` are those of `LowRank`, and of no other encoder.
     """
 
     def __init__(
-        self, initial: Vectors, block: Block, encoder: str = "none", seed: int = 0, num_frozen: int = 0
+        self,
+        initial: Vectors,
+        block: Block,
+        encoder: str = "none",
+        seed: int = 0,
+        num_frozen: int = 0,
+        *,
+        rank: int = 1,
+        is_shared: bool = False,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         parts = [part.detach().float() for part in to_parts(initial)]
         self.block = block
-        self._like = initial
+        self.initial = initial
+        """The vectors that training starts from."""
         self._shapes = [part.shape[1:] for part in parts]
-        scales = [part.square().mean().sqrt().clamp_min(1e-6).expand(part[0].numel()) for part in parts]
+        sizes = [part.square().mean().sqrt().clamp_min(1e-6) for part in parts]
+        if scale is not None:
+            sizes = [torch.tensor(scale) for _ in parts]
+        scales = [size.expand(part[0].numel()) for size, part in zip(sizes, parts, strict=True)]
         self.register_buffer("scale", torch.cat(scales))
         self._num_frozen = num_frozen
         start = torch.cat([part.reshape(part.shape[0], -1) for part in parts], dim=1) / self._buffer("scale")
         self.register_buffer("frozen", start[:num_frozen].clone())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = ENCODERS[encoder](start)
+            self.encoder = LowRank(start, rank, is_shared) if encoder == "low_rank" else ENCODERS[encoder](start)
 
     def _buffer(self, name: str) -> Tensor:
         buffer: Tensor = getattr(self, name)
@@ -71,13 +88,41 @@ class Tuner(nn.Module):
 
     def vectors(self) -> Vectors:
         """Return the vectors [float32], with gradients into the parameters."""
+        return self.to_vectors(self.theta())
+
+    def theta(self) -> Tensor:
+        """Return θ [P, F]: the vectors with every part divided by its scale."""
         encoded: Tensor = self.encoder()
         if self._num_frozen:
             encoded = torch.cat([self._buffer("frozen"), encoded[self._num_frozen :]])
-        flat = encoded * self._buffer("scale")
+        return encoded
+
+    @property
+    def source(self) -> nn.Parameter | None:
+        """The source [P, F] under the factors where a group shares it: stepped by the group (train/sharing.py)."""
+        source = getattr(self.encoder, "source", None)
+        return source if isinstance(source, nn.Parameter) else None
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Return what the run's own optimizer moves: all parameters but a shared source."""
+        return [parameter for parameter in self.parameters() if parameter is not self.source]
+
+    @property
+    def widths(self) -> list[int]:
+        """The numbers of one position that belong together: a layer's hidden state, a head's key, a head's value."""
+        return [shape[-1] for shape in self._shapes for _ in range(shape.numel() // shape[-1])]
+
+    @property
+    def width(self) -> int:
+        """F, the numbers of one position over all layers."""
+        return sum(self.widths)
+
+    def to_vectors(self, theta: Tensor) -> Vectors:
+        """Return what θ [P, F] stands for: the inverse of flattening and scaling."""
+        flat = theta * self._buffer("scale")
         columns = torch.split(flat, [shape.numel() for shape in self._shapes], dim=1)
         shaped = [column.reshape(-1, *shape) for column, shape in zip(columns, self._shapes, strict=True)]
-        return from_parts(shaped, self._like)
+        return from_parts(shaped, self.initial)
 
 
 class Plain(nn.Module):
@@ -145,7 +190,37 @@ class LSTM(nn.Module):
         return encoded
 
 
-ENCODERS: dict[str, type[nn.Module]] = {"none": Plain, "residual": Residual, "mlp": MLP, "lstm": LSTM}
+class LowRank(nn.Module):
+    """θ* ∘ (U Vᵀ), element by element: a source θ* [P, F], factors U [P, r] and V [F, r] whose product begins at one.
+
+    The source stays as it begins, or `is_shared` by a group of runs that trains it; the factors are a run's own.
+    Source: multitask prompt tuning, Wang et al. 2023, arXiv:2303.02861, with r = 1; θ in place of prompt rows alone.
+    """
+
+    source: Tensor
+
+    def __init__(self, start: Tensor, rank: int = 1, is_shared: bool = False) -> None:
+        super().__init__()
+        if is_shared:
+            self.source = nn.Parameter(start.clone())
+        else:
+            self.register_buffer("source", start.clone())
+        num, width = start.shape
+        self.rows = nn.Parameter(torch.cat([torch.ones(num, 1), torch.randn(num, rank - 1)], dim=1))
+        self.columns = nn.Parameter(torch.cat([torch.ones(width, 1), torch.zeros(width, rank - 1)], dim=1))
+
+    def forward(self) -> Tensor:
+        """Return θ* ∘ (U Vᵀ) [P, F]."""
+        return self.source * (self.rows @ self.columns.T)
+
+
+ENCODERS: dict[str, type[nn.Module]] = {
+    "none": Plain,
+    "residual": Residual,
+    "mlp": MLP,
+    "lstm": LSTM,
+    "low_rank": LowRank,
+}
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:
