@@ -1,9 +1,9 @@
-"""How the defaults of training were found: learning rates, optimizer averages, starts and encoders on real tasks.
+"""How the defaults of training were found: optimizers, learning rates, starts, encoders and lengths on real tasks.
 
 python bench/defaults.py --base ../shared/models/base-3m [--json bench/results/defaults.json]
 
-Each line trains one setting for a hundred steps or more with everything else at its default; all settings of a task are
-runs of one joint pass. The measure is dev loss, and exact match of free generation on dev rows.
+Every line changes one thing and leaves the rest at its default. The measure is dev loss in nats per target token, and
+exact match of free generation on dev rows. Results are written after each line; a second call goes on.
 """
 
 from __future__ import annotations
@@ -18,23 +18,51 @@ import torch
 from hardware import describe
 
 import foreword as fw
-from foreword.cli.train_command import progress_printer
-from foreword.train import state
+from foreword.train.run import DEFAULTS
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "twelve_tasks"
-GRID: list[dict[str, Any]] = [
-    *({"method": "kv", "lr": lr} for lr in (0.03, 0.1, 0.3)),
-    *({"method": "prefix", "lr": lr} for lr in (0.07, 0.2, 0.6)),
-    *({"method": "prompt", "lr": lr} for lr in (0.3, 1.0, 3.0)),
-    {"method": "kv", "init": "random"},
-    {"method": "kv", "init": "vocab"},
-    {"method": "kv", "encoder": "residual"},
-    {"method": "kv", "schedule": "constant"},
-    {"method": "kv", "num_vectors": 40},
-    {"method": "prompt", "init": "random"},
-    {"method": "prompt", "encoder": "residual"},
-    {"method": "prompt", "encoder": "mlp"},
-]
+
+
+def grid() -> list[dict[str, Any]]:
+    """Return one changed setting per line, for every method."""
+    settings: list[dict[str, Any]] = []
+    for method, defaults in DEFAULTS.items():
+        settings += [
+            {"method": method},
+            {"method": method, "optimizer": "adamw"},
+            {"method": method, "encoder": "residual"},
+            {"method": method, "lr": round(defaults.lr / 3, 4)},
+            {"method": method, "lr": round(defaults.lr * 3, 4)},
+            {"method": method, "init": "random"},
+            {"method": method, "init": "vocab"},
+            {"method": method, "num_vectors": 40},
+            {"method": method, "schedule": "cosine"},
+        ]
+    return settings
+
+
+def measure(base: fw.FrozenModel, task: str, settings: dict[str, Any], steps: int, rows: int) -> dict[str, Any]:
+    run = fw.Run.from_toml(EXAMPLES / f"{task}.toml", steps=steps, batch_size=16, **settings)
+    with tempfile.TemporaryDirectory() as folder:
+        result = fw.fit(base, [run], out=folder)[0]
+        assert result.artefact is not None
+        engine = fw.Engine(base, kv_memory="512MiB", max_batch=96)
+        engine.add_prefix(task, fw.compile(base, fw.load_artefact(result.artefact)))
+    report = fw.evaluate(engine, run.task, prefix=task, split="dev", limit=rows, decoding="free")
+    return {"task": task, "setting": settings, "dev_loss": result.best["value"], "score": report.score}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = [f"| setting (others at default) | {' | '.join(tasks)} |", "| --- " * (len(tasks) + 1) + "|"]
+    for setting in {json.dumps(row["setting"]): row["setting"] for row in rows}.values():
+        cells = []
+        for task in tasks:
+            found = next((row for row in rows if row["task"] == task and row["setting"] == setting), None)
+            cells.append(f"{found['dev_loss']:.3f} / {found['score']:.2f}" if found else "-")
+        changed = ", ".join(f"{key} {value}" for key, value in setting.items() if key != "method")
+        lines.append(f"| `{setting['method']}`{', ' + changed if changed else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -42,47 +70,32 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--tasks", default="trec,bitext_support_triage")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=200, help="dev rows")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base = fw.load_base(options.base)
-    found: list[dict[str, Any]] = []
-    for betas in ((0.9, 0.999), state.BETAS):
-        state.BETAS = betas
-        grid = GRID if betas == (0.7, 0.9) else [{"method": method} for method in ("kv", "prefix", "prompt")]
+    result: dict[str, Any] = {
+        "what": f"training defaults on {Path(options.base).name}, {options.steps} steps, batch 16, P = 20, seed 0",
+        "hardware": describe(),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "defaults": {method: {"lr": found.lr, "init": found.init} for method, found in DEFAULTS.items()},
+        "rows": [],
+    }
+    if options.json and options.json.exists():
+        old = json.loads(options.json.read_text())
+        if old.get("defaults") == result["defaults"] and old["what"] == result["what"]:
+            result["rows"] = old["rows"]
+    for settings in grid():
         for task in options.tasks.split(","):
-            found += measure(base, task, grid, options.steps, options.rows, betas)
-            result = {
-                "what": f"training defaults on {Path(options.base).name}, {options.steps} steps, batch 16, P = 20",
-                "hardware": describe(),
-                "rows": found,
-            }
-            if options.json:
-                options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def measure(
-    base: fw.FrozenModel, task: str, grid: list[dict[str, Any]], steps: int, rows: int, betas: tuple[float, float]
-) -> list[dict[str, Any]]:
-    path = EXAMPLES / f"{task}.toml"
-    runs = [
-        fw.Run.from_toml(path, name=f"{index}", steps=steps, batch_size=16, **settings)
-        for index, settings in enumerate(grid)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        results = fw.fit(base, runs, out=folder, on_progress=progress_printer(30))
-        engine = fw.Engine(base, kv_memory="512MiB", max_batch=96)
-        found = []
-        for run, result, settings in zip(runs, results, grid, strict=True):
-            engine.add_prefix(run.name, fw.compile(base, fw.load_artefact(result.artefact)))
-            report = fw.evaluate(engine, run.task, prefix=run.name, split="dev", limit=rows, decoding="free")
-            engine.remove_prefix(run.name)
-            row = {"task": task, **settings, "betas": betas, "dev_loss": result.best["value"], "score": report.score}
-            print(json.dumps(row), flush=True)
-            found.append(row)
-    return found
+            if not any(row["task"] == task and row["setting"] == settings for row in result["rows"]):
+                row = measure(base, task, settings, options.steps, options.rows)
+                print(json.dumps(row), flush=True)
+                result["rows"].append(row)
+                if options.json:
+                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result["rows"]))
 
 
 if __name__ == "__main__":

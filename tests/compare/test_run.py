@@ -37,7 +37,7 @@ def small():
 def no_pictures():
     """Drawing curves takes longer than three steps of a tiny base."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("foreword.train.curves.draw_curves", lambda *args: None)
+        patch.setattr("foreword.train.loop.write", lambda *args: None)
         yield
 
 

@@ -26,17 +26,6 @@ SAMPLES_PER_TENSOR = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class LayerFront:
-    """One layer's keys and values in front of a sequence, where a layer expects a whole cache."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Return all keys and values [B, Hkv, S + T, Dh]; nothing is kept."""
-        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
-
-
 class FrozenModel:
     """A frozen base model: every parameter has requires_grad False, evaluation mode, no dropout.
 
@@ -160,36 +149,6 @@ class FrozenModel:
         handles = [
             layer.register_forward_pre_hook(hook_for(row), with_kwargs=True)
             for layer, row in zip(self.layers, rows, strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def fronts_given(self, fronts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """While active, layer l finds keys and values `fronts[l]` [B, Hkv, S, Dh] in front of what it computes.
-
-        Each layer is handed its own and nothing is kept, so that a layer can be computed again, and be compiled once
-        for all. Raises TypeError in a forward of a family whose layers take no cache.
-        """
-
-        def hook_for(front: LayerFront) -> Any:
-            def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                takes = list(inspect.signature(type(module).forward).parameters)[1:]
-                name = next((name for name in ("past_key_values", "layer_past") if name in takes), None)
-                if name is None:
-                    raise TypeError(f"{type(module).__name__} takes no keys and values")
-                if name in kwargs:
-                    return args, kwargs | {name: front}
-                return (*args[: (place := takes.index(name))], front, *args[place + 1 :]), kwargs
-
-            return give
-
-        handles = [
-            layer.register_forward_pre_hook(hook_for(LayerFront(*front)), with_kwargs=True)
-            for layer, front in zip(self.layers, fronts, strict=bool(fronts))
         ]
         try:
             yield

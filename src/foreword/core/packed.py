@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from foreword.core.block import Block
+from foreword.core.fronts import fronts_given
 from foreword.core.prompt import KVPrefix, SoftKV, SoftPrefix, SoftPrompt, Vectors
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def forward_packed(
 
     `rows` are (run, token ids), `fronts[run]` what stands in front of them. Each of `splices` (row, offset, vectors
     [S, D]) writes vectors over the embeddings at that place. Equals `forward_rows` up to rounding
-    (tests/core/test_packed.py) on the families that `packs` admits.
+    (tests/train/test_strategy.py) on the families that `packs` admits.
     """
     _ = base.per_token  # found by trial forwards, which must not meet the hooks set below
     sequence, device = _Sequence([], [], [], []), base.device
@@ -169,7 +170,7 @@ def forward_packed(
         if given[SoftPrefix]:
             at = torch.tensor(index[SoftPrefix], device=device)
             stack.enter_context(base.layer_inputs_replaced(at, torch.cat(given[SoftPrefix], dim=1).unbind()))
-        stack.enter_context(base.fronts_given(past.layers(device, base.dtype)))
+        stack.enter_context(fronts_given(base.layers, past.layers(device, base.dtype)))
         stack.enter_context(base.computed_only_at([-1], wanted))
         return base.run(**inputs, positions=own.position[None], cache=None, mask=mask, select=wanted)
 
@@ -198,10 +199,13 @@ Visible = Callable[[Any, Any, Tensor, Tensor], Tensor]
 def visible(queries: Places, keys: Places, window: int | None) -> Visible:
     """Return FlexAttention's mask function: does query q see key k?"""
 
+    q_run, q_row, q_position = queries.run, queries.row, queries.position
+    k_run, k_row, k_position = keys.run, keys.row, keys.position
+
     def sees(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:
-        distance = queries.position[q] - keys.position[k]
-        related = (keys.row[k] == IN_FRONT) | (keys.row[k] == queries.row[q])
-        seen = (queries.run[q] == keys.run[k]) & related & (distance >= 0)
+        distance = q_position[q] - k_position[k]
+        related = (k_row[k] == IN_FRONT) | (k_row[k] == q_row[q])
+        seen = (q_run[q] == k_run[k]) & related & (distance >= 0)
         return seen if window is None else seen & (distance < window)
 
     return sees

@@ -106,13 +106,16 @@ def step_back(moves: Iterable[tuple[str, int | None]], live: set[int]) -> int | 
 def evaluation_refusal(candidate: Version, current: Version | None) -> str | None:
     """Judge by the evaluations stored with two versions: return why the candidate loses, or None.
 
-    Evaluations are read as `EvalReport.to_json` writes them. The candidate loses when both were measured alike
+    Evaluations are read as `EvalReport.to_json` writes them. The candidate loses when it lost a paired test against
+    this very version that is stored with it (`paired`, as recipes write it), or when both were measured alike
     (`metric`, `split`, `data_sha256` and `decoding` agree) and its whole `interval` lies below the current `score`;
     more is better in every metric. What was not measured alike, or not at all, cannot be judged here and passes.
     """
     if current is None or candidate.sha256 == current.sha256:
         return None
     ours, theirs = candidate.evaluation, current.evaluation
+    if lost := _lost_tests(ours.get("paired"), current.sha256):
+        return f"{candidate.reference} lost to {current.reference} row by row: {'; '.join(lost)}"
     for key in _SAME_MEASUREMENT:
         if not ours.get(key) or ours.get(key) != theirs.get(key):
             return None
@@ -125,6 +128,16 @@ def evaluation_refusal(candidate: Version, current: Version | None) -> str | Non
         f"{candidate.reference} is worse than {current.reference} on {ours['metric']} ({ours['split']}): "
         f"its interval ends at {high:.4g}, below {score:.4g}"
     )
+
+
+def _lost_tests(paired: Any, against: str) -> list[str]:
+    """Return the paired tests against an artefact that were lost, in words."""
+    tests = paired.get("tests") if isinstance(paired, Mapping) and paired.get("against") == against else None
+    lost = []
+    for name, test in tests.items() if isinstance(tests, Mapping) else ():
+        if isinstance(test, Mapping) and test.get("verdict") == "worse":
+            lost.append(f"{test.get('metric')} {test.get('score_a')} against {test.get('score_b')} on {name}")
+    return lost
 
 
 def _upper(evaluation: Mapping[str, Any]) -> Any:

@@ -42,6 +42,8 @@ DEFAULTS: Mapping[str, MethodDefaults] = {
 
 ENCODER_LR = 0.02
 """Default for runs with an encoder, whose weights move many numbers at once."""
+FACTORS_LR = 0.2
+"""Default for low-rank factors, which are few and begin at one; found by the finder on trec, kv and prompt alike."""
 
 
 def optimizer_of(config: TrainConfig) -> OptimizerName:
@@ -51,6 +53,8 @@ def optimizer_of(config: TrainConfig) -> OptimizerName:
 
 def default_lr(config: TrainConfig) -> float:
     """Return the measured peak learning rate for a configuration's method, encoder and optimizer."""
+    if config.encoder == "low_rank":
+        return FACTORS_LR
     if config.encoder != "none":
         return ENCODER_LR
     defaults = DEFAULTS[config.method]
