@@ -1,15 +1,17 @@
 """Packed, compiled, checkpointed, offloaded: the same loss and gradients as the plain way."""
 
+import gc
+
 import pytest
 import torch
 
 from foreword.core.block import Block
 from foreword.core.init import initial_vectors
-from foreword.core.packed import packs
+from foreword.core.packed import InSequence, forward_packed, packs
 from foreword.core.prompt import SoftPrompt
 from foreword.errors import ConfigError
 from foreword.train.data import Example
-from foreword.train.loss import Batch, step_gradients
+from foreword.train.loss import Batch, step_gradients, target_losses
 from foreword.train.strategy import Strategy, choose_strategy
 from foreword.train.tuners import Tuner
 from tests.tiny import NAMES, SIX, tiny
@@ -119,3 +121,32 @@ def test_layouts_that_do_not_exist_are_refused():
         choose_strategy(tiny("llama"), "dense")
     assert choose_strategy(tiny("llama")) == Strategy()
     assert choose_strategy(tiny("llama"), "packed").packed
+
+
+def test_nothing_of_a_step_waits_for_the_garbage_collector():
+    base, held = tiny("llama"), []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            step_gradients(base, batches(base))
+            held.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert held[-1] == held[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_flex_attention_sees_what_the_matrix_shows(name, monkeypatch):
+    """Its backward pass runs on CUDA only; the forward pass shows that its block mask says the same."""
+    base = tiny(name)
+    items = batches(base)
+    fronts = [InSequence(batch.tuner.vectors(), batch.tuner.block) for batch in items]
+    part = [(run, row) for run, batch in enumerate(items) for row in batch.rows]
+    with torch.no_grad():
+        _, plain = target_losses(base, part, fronts, forward_packed)
+        monkeypatch.setattr(base.config, "_attn_implementation", "flex_attention")
+        _, flexible = target_losses(base, part, fronts, forward_packed)
+    assert (plain - flexible).abs().max() < 1e-5

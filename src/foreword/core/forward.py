@@ -7,6 +7,7 @@ plain two-dimensional mask serves sliding windows and ALiBi as well as full atte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def batch_cache(base: FrozenModel, prefixes: Sequence[KVPrefix | None], *, growi
     widths = torch.tensor([p.num_positions if p is not None else 0 for p in unique.values()], device=base.device)
     longest = int(widths.max())
     mask = torch.arange(longest, device=base.device) >= longest - widths[rows, None]
-    cache = DynamicCache()
+    made = DynamicCache()
     for index, layer in enumerate(base.spec.layers if longest else ()):
         keys, values = [], []
         for prefix in unique.values():
@@ -42,22 +43,28 @@ def batch_cache(base: FrozenModel, prefixes: Sequence[KVPrefix | None], *, growi
                 pad = (0, 0, longest - prefix.num_positions, 0)
                 keys.append(F.pad(prefix.keys[index], pad))
                 values.append(F.pad(prefix.values[index], pad))
-        cache.update(_spread(keys, rows), _spread(values, rows), index)
-    if not growing:
-        cache.update = _reading(cache)
-    return cache, mask.long()
+        made.update(_spread(keys, rows), _spread(values, rows), index)
+    if growing:
+        return made, mask.long()
+    fixed = _fixed_cache()()
+    fixed.layers = made.layers
+    return fixed, mask.long()
 
 
-def _reading(cache: Any) -> Any:
-    """Return an `update` that joins a layer's prefix with new keys and values and keeps nothing."""
+@cache
+def _fixed_cache() -> Any:
+    """Return a class of caches that keep what they hold; transformers is imported on first use."""
+    from transformers import DynamicCache
 
-    def join(keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if layer >= len(cache.layers):
-            return keys, values
-        front = cache.layers[layer]
-        return torch.cat([front.keys, keys], dim=-2), torch.cat([front.values, values], dim=-2)
+    return type("FixedCache", (DynamicCache,), {"update": _joined})
 
-    return join
+
+def _joined(self: Any, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """Return a layer's keys and values with new ones behind them; nothing is kept."""
+    if layer >= len(self.layers):
+        return keys, values
+    front = self.layers[layer]
+    return torch.cat([front.keys, keys], dim=-2), torch.cat([front.values, values], dim=-2)
 
 
 def _spread(tensors: list[Tensor], rows: Tensor) -> Tensor:
