@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 BASE = HERE / "base-3m"
 TASKS = ("triage", "clause", "handbook", "order_slots")
 METHODS = ("prompt", "kv")
-STEPS = {"prompt": 320, "kv": 320}
+STEPS = {"prompt": 160, "kv": 160}
 START_S = 120.0
 
 
