@@ -19,7 +19,7 @@ from foreword.train.run import Run
 from tests.bundled import BASE, write_task
 from tests.tiny import tiny
 
-FAST = {"steps": 3, "batch_size": 4, "warmup_steps": 1, "eval_every": 3, "lr": 0.05}
+FAST: dict[str, Any] = {"steps": 3, "batch_size": 4, "warmup_steps": 1, "eval_every": 3, "lr": 0.05}
 _KEPT = tempfile.TemporaryDirectory(prefix="foreword-recipes-")
 
 
@@ -34,23 +34,31 @@ def small(name: str = "llama", seed: int = 0) -> FrozenModel:
 
 
 @cache
-def trained(name: str, methods: tuple[str, ...], task: str, settings: tuple[tuple[str, Any], ...]) -> dict[str, Path]:
+def trained(
+    name: str, methods: tuple[str, ...], task: str, steps: int, settings: tuple[tuple[str, Any], ...]
+) -> dict[str, Path]:
     """Train a task once by each method, and keep the files as long as the process lives."""
     folder = Path(_KEPT.name) / f"{name}-{task}-{len(list(Path(_KEPT.name).iterdir()))}"
     written = write_task(folder / "data", task, **dict(settings))
-    runs = [Run.from_toml(written, method=method, name=method, **FAST) for method in methods]
+    recipe = FAST | {"steps": steps}
+    runs = [Run.from_toml(written, method=method, name=method, **recipe) for method in methods]
     results = fit(small(name), runs, out=folder / "out")
     return {result.name: result.artefact for result in results if result.artefact is not None}
 
 
 def publish_trained(
-    folder: Path, name: str = "llama", methods: tuple[str, ...] = ("kv",), task: str = "colour", **settings: Any
+    folder: Path,
+    name: str = "llama",
+    methods: tuple[str, ...] = ("kv",),
+    task: str = "colour",
+    steps: int = FAST["steps"],
+    **settings: Any,
 ) -> Registry:
     """Publish a task trained on `small(name)` by each method, the first as prod; return the registry `folder/home`.
 
     Its rows are in `folder/data`, where the versions' headers look for them.
     """
-    files = trained(name, methods, task, tuple(settings.items()))
+    files = trained(name, methods, task, steps, tuple(settings.items()))
     write_task(folder / "data", task, **settings)
     registry = Registry.open(folder / "home")
     for place, (method, path) in enumerate(files.items()):

@@ -31,9 +31,9 @@ def test_cosines_of_known_vectors():
 
 @pytest.fixture
 def registry(tmp_path):
-    """`near` is the very task under another name, `far` has random vectors, `tone` another method."""
+    """`near` is the very task under another name, learnt, `far` has random vectors, `tone` another method."""
     base = small()
-    publish_trained(tmp_path, methods=("kv",), task="near").close()
+    publish_trained(tmp_path, methods=("kv",), task="near", steps=30).close()
     with publish_trained(tmp_path, methods=("prompt",), task="tone") as registry:
         near = load_artefact(registry.path(registry.resolve("near")))
         torch.manual_seed(0)

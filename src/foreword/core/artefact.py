@@ -314,7 +314,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def load_artefact(path: str | Path) -> Artefact:
-    """Load an artefact: header and tensors, checked; needs no model.
+    """Load an artefact: header and tensors (in the header's order), checked; needs no model.
 
     Raises ArtefactCorrupt as `read_header` does, and where a value is NaN or Inf.
     """
@@ -326,9 +326,10 @@ def load_artefact(path: str | Path) -> Artefact:
     data = read_whole(path)
     header = _parse_header(path, len(data), data[:8], lambda length: data[8 : 8 + length])
     try:
-        tensors = load(data)
+        loaded = load(data)  # in any order, another one in each process
     except SafetensorError as error:
         raise ArtefactCorrupt(f"{path}: {error}") from error
+    tensors = {name: loaded[name] for name in header.tensor_shapes()}
     _check_finite(path, tensors)
     return Artefact(header, tensors, hashlib.sha256(data).hexdigest(), path)
 
