@@ -37,6 +37,7 @@ def grid() -> list[dict[str, Any]]:
             {"method": method, "init": "vocab"},
             {"method": method, "num_vectors": 40},
             {"method": method, "schedule": "cosine"},
+            {"method": method, "warmup_steps": 5},
         ]
     return settings
 

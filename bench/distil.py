@@ -33,7 +33,7 @@ from foreword.distil.settings import DistilConfig, Job, train_config
 RESULT = Path(__file__).parent / "results" / "distil.json"
 GOALS = {4: 0.90, 10: 0.60}
 ABLATION: dict[str, dict[str, Any]] = {
-    "default: kv, match, KL of answers, Muon with lr 0.03, first vector frozen": {},
+    "default: kv, match, KL of answers, Muon with lr 0.05, first vector frozen": {},
     "start first": {"init": "first"},
     "start spread": {"init": "spread"},
     "objective likelihood": {"objective": "likelihood"},
@@ -42,8 +42,8 @@ ABLATION: dict[str, dict[str, Any]] = {
     "self-study of type question alone, 200": {"self_study": 200, "seed_types": ("question",)},
     "self-study of all types alone, 200": {"self_study": 200},
     "no vector frozen": {"frozen_vectors": 0},
-    "AdamW, lr 0.1": {"optimizer": "adamw", "lr": 0.1},
-    "Muon, lr 0.05 (as for tasks)": {"lr": 0.05},
+    "AdamW, lr 0.2": {"optimizer": "adamw", "lr": 0.2},
+    "Muon, lr 0.1 (as for tasks)": {"lr": 0.1},
     "method prefix": {"method": "prefix"},
     "method prompt": {"method": "prompt"},
 }

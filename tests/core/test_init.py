@@ -1,5 +1,7 @@
 """Initialisers: exact rows, typical norms, determinism; a prefix or kv starts as the prompt of the same text does."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,7 +9,16 @@ from foreword.core import init
 from foreword.core.block import Block
 from foreword.core.compile import compile
 from foreword.core.forward import forward
-from foreword.core.init import from_labels, from_text, from_vectors, from_vocabulary, initial_vectors, random_at_norm
+from foreword.core.init import (
+    from_labels,
+    from_text,
+    from_vectors,
+    from_vocabulary,
+    initial_vectors,
+    kv_spreads,
+    random_at_norm,
+)
+from foreword.core.model import FrozenModel
 from foreword.core.prompt import SoftKV, SoftPrefix, SoftPrompt
 from foreword.errors import ConfigError
 from tests.bundled import bundled
@@ -192,3 +203,20 @@ def test_hooks_are_gone_afterwards():
     base = tiny("llama")
     init.initial_vectors(base, "prefix", BLOCK, "vocab")
     assert not any(layer._forward_pre_hooks for layer in base.layers)
+
+
+def test_spreads_of_keys_and_values_leave_their_mean_out():
+    base = tiny("qwen2")
+    moved, longer = (FrozenModel(copy.deepcopy(base.model)) for _ in range(2))
+    with torch.no_grad():
+        moved.layers[0].self_attn.v_proj.bias += 5.0
+        longer.layers[0].self_attn.v_proj.weight *= 3.0
+    keys, values, *rest = kv_spreads(base)
+    spec = base.spec
+    assert keys.shape == values.shape == (spec.layers[0].num_kv_heads, 1) and len(rest) == 2 * (spec.num_layers - 1)
+    assert torch.allclose(kv_spreads(moved)[1], values, rtol=1e-4)
+    assert torch.allclose(kv_spreads(longer)[1], 3.0 * values, rtol=1e-4)
+    assert torch.equal(kv_spreads(longer)[0], keys)
+    sample = init.kv_of(base, init._sample_rows(base), Block((64,)))
+    whole = torch.cat([(x - x.mean(1, keepdim=True)).flatten(1) for x in sample.values[:1]]).square().mean(1).sqrt()
+    assert torch.allclose(values[:, 0], whole)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from foreword.cli.options import Base, Device, Dtype, Json
+from foreword.cli.options import Base, Device, Dtype, Json, run_folder
 from foreword.cli.output import console, print_json
 from foreword.errors import ConfigError
 
@@ -75,7 +74,7 @@ def compare(
         raise ConfigError(f"{report} has suffix {report.suffix!r}", hint=f"Use one of {', '.join(FORMATS)}.")
     given = {"steps": steps, "batch_size": batch_size, "seed": seed, "max_train_rows": train_rows}
     overrides = [*(settings or []), *(f"train.{key}={value}" for key, value in given.items() if value is not None)]
-    folder = out or Path("runs") / datetime.datetime.now().strftime("compare-%Y%m%d-%H%M%S")
+    folder = run_folder(out, "compare")
     comparison = compare_methods(
         task,
         base,

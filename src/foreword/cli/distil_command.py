@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from foreword.cli.options import Base, Device, Dtype, Json
+from foreword.cli.options import Base, Device, Dtype, Json, run_folder
 from foreword.cli.output import console, print_json
 from foreword.errors import ConfigError
 
@@ -134,7 +133,7 @@ def distil(
 
     if report is not None and report.suffix not in FORMATS:
         raise ConfigError(f"{report} has suffix {report.suffix!r}", hint=f"Use one of {', '.join(FORMATS)}.")
-    folder = out or Path("runs") / datetime.datetime.now().strftime("distil-%Y%m%d-%H%M%S")
+    folder = run_folder(out, "distil")
     found = run_distil(
         load_base(base, dtype=dtype, device=device),
         jobs,

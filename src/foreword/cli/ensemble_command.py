@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from foreword.cli.options import Base, Device, Dtype, Home, Json
+from foreword.cli.options import Base, Decoding, Device, Dtype, Home, Json, run_folder
 from foreword.cli.output import console, print_json, print_table
 from foreword.errors import ConfigError
 
@@ -44,7 +43,7 @@ def ensemble(
     limit: Annotated[
         int | None, typer.Option("--limit", help="Judge this many rows, drawn by seed.", show_default=False)
     ] = None,
-    decoding: Annotated[Literal["auto", "free", "labels"], typer.Option("--decoding")] = "auto",
+    decoding: Decoding = "auto",
     home: Home = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -79,7 +78,7 @@ def ensemble(
     if seeds is not None:
         from foreword.cli.train_command import progress_printer
 
-        folder = out or Path("runs") / datetime.datetime.now().strftime("ensemble-%Y%m%d-%H%M%S")
+        folder = run_folder(out, "ensemble")
         show = None if as_json else progress_printer()
         members = train_members(frozen, data, train, seeds, out=folder, on_progress=show)
     found = gather(frozen, data, members, split=split, limit=limit, decoding=decoding)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from foreword.cli.options import AllowMismatch, Base, Device, Dtype, Home, Json
+from foreword.cli.options import AllowMismatch, Base, Decoding, Device, Dtype, Home, Json
 from foreword.cli.output import console, print_json, print_table
 from foreword.errors import ConfigError
 
@@ -38,10 +38,7 @@ def eval_(
     limit: Annotated[
         int | None, typer.Option("--limit", help="Judge this many rows, drawn by seed.", show_default=False)
     ] = None,
-    decoding: Annotated[
-        Literal["auto", "free", "labels"],
-        typer.Option("--decoding", help="auto scores the labels where the task has a closed set."),
-    ] = "auto",
+    decoding: Decoding = "auto",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Judge the untrained base too.")] = True,
     out: Annotated[
         Path | None, typer.Option("--out", help="Save the report (JSON, rows beside it).", show_default=False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreword.cli.options import Base, Device, Dtype, Home, Json
+from foreword.cli.options import Base, Device, Dtype, Home, Json, Publish, run_folder
 from foreword.cli.output import console, print_json, print_table
 from foreword.cli.registry_commands import Who, Why, open_registry
 from foreword.cli.tweak_command import base_loader
@@ -44,7 +43,7 @@ def migrate(
         Path | None, typer.Option("--out", help="Folder; default runs/migrate-<date-time>.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the migration in --out.")] = False,
-    publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Publish as TASK@candidate.")] = True,
+    publish: Publish = True,
     why: Why = "",
     who: Who = None,
     home: Home = None,
@@ -59,7 +58,7 @@ def migrate(
     from foreword.cli.train_command import progress_printer
     from foreword.recipes.migrate import migrate as move
 
-    folder = out or Path("runs") / datetime.datetime.now().strftime("migrate-%Y%m%d-%H%M%S")
+    folder = run_folder(out, "migrate")
     with open_registry(home) as registry:
         found = move(
             registry,

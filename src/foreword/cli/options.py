@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,3 +30,13 @@ Home = Annotated[
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-mismatch", help="Use the vectors on another base than they were trained for.")
 ]
+Decoding = Annotated[
+    Literal["auto", "free", "labels"],
+    typer.Option("--decoding", help="auto scores the labels where the task has a closed set."),
+]
+Publish = Annotated[bool, typer.Option("--publish/--no-publish", help="Publish as TASK@candidate.")]
+
+
+def run_folder(out: Path | None, kind: str = "") -> Path:
+    """Return the folder for a command's results: the one given, or a new `runs/<kind>-<date-time>`."""
+    return out or Path("runs") / (f"{kind}-" * bool(kind) + f"{datetime.datetime.now():%Y%m%d-%H%M%S}")

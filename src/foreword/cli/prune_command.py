@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foreword.cli.options import Base, Device, Dtype, Home, Json
+from foreword.cli.options import Base, Decoding, Device, Dtype, Home, Json, Publish, run_folder
 from foreword.cli.output import console, print_json, print_table
 from foreword.cli.registry_commands import Who, Why, open_registry
 from foreword.cli.tweak_command import PAIRED_COLUMNS, base_loader, paired_row
@@ -36,12 +35,12 @@ def prune(
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps at most.")] = 60,
     lr_factor: Annotated[float, typer.Option("--lr-factor", help="Of the version's own learning rate.")] = 0.5,
     eval_rows: Annotated[int, typer.Option("--eval-rows", help="Rows judged at most; 0 judges all.")] = 200,
-    decoding: Annotated[Literal["auto", "free", "labels"], typer.Option("--decoding")] = "auto",
+    decoding: Decoding = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Draws rows and data order.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder; default runs/prune-<date-time>.", show_default=False)
     ] = None,
-    publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Publish as TASK@candidate.")] = True,
+    publish: Publish = True,
     why: Why = "",
     who: Who = None,
     home: Home = None,
@@ -71,7 +70,7 @@ def prune(
             registry,
             base_loader(base, dtype, device),
             version,
-            out=out or Path("runs") / datetime.datetime.now().strftime("prune-%Y%m%d-%H%M%S"),
+            out=run_folder(out, "prune"),
             settings=settings,
             task_file=task_file,
             publish=publish,

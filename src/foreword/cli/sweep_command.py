@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from foreword.cli.options import Base, Device, Dtype, Json
+from foreword.cli.options import Base, Device, Dtype, Json, run_folder
 from foreword.cli.output import console, print_json
 from foreword.cli.train_command import progress_printer
 from foreword.errors import ConfigError
@@ -91,7 +90,7 @@ def sweep(
     candidates = make_candidates(task, grid, options, settings or [])
     from foreword.core.model import load_base
 
-    folder = out or Path("runs") / datetime.datetime.now().strftime("sweep-%Y%m%d-%H%M%S")
+    folder = run_folder(out, "sweep")
     result = run_sweep(
         load_base(base, dtype=dtype, device=device),
         candidates,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from foreword.cli.options import Base, Device, Dtype, Json
+from foreword.cli.options import Base, Device, Dtype, Json, run_folder
 from foreword.cli.output import console, print_json, print_table
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def train(
         runs = share_source(runs, share)
     from foreword.train.trackers import Tracker
 
-    folder = out or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = run_folder(out)
     trackers = [Tracker(name, folder) for name in dict.fromkeys(track or [])]
     for run in runs:  # faults of the data are told before a base is loaded
         run.task.rows("train")

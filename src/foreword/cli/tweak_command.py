@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreword.cli.options import Base, Device, Dtype, Home, Json
+from foreword.cli.options import Base, Decoding, Device, Dtype, Home, Json, Publish, run_folder
 from foreword.cli.output import console, print_json, print_table
 from foreword.cli.registry_commands import Who, Why, open_registry
 from foreword.errors import ConfigError
@@ -67,12 +66,12 @@ def tweak(
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps at most.")] = 60,
     lr_factor: Annotated[float, typer.Option("--lr-factor", help="Of the version's own learning rate.")] = 0.25,
     eval_rows: Annotated[int, typer.Option("--eval-rows", help="Old dev rows judged at most; 0 judges all.")] = 200,
-    decoding: Annotated[Literal["auto", "free", "labels"], typer.Option("--decoding")] = "auto",
+    decoding: Decoding = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Draws what is held out and rehearsed.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder; default runs/tweak-<date-time>.", show_default=False)
     ] = None,
-    publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Publish as TASK@candidate.")] = True,
+    publish: Publish = True,
     why: Why = "",
     who: Who = None,
     home: Home = None,
@@ -97,7 +96,7 @@ def tweak(
     from foreword.recipes.tweak import TweakSettings
     from foreword.recipes.tweak import tweak as train_on
 
-    folder = out or Path("runs") / datetime.datetime.now().strftime("tweak-%Y%m%d-%H%M%S")
+    folder = run_folder(out, "tweak")
     limit = eval_rows or None
     where: dict[str, Any] = {"start": start, "task_file": task_file, "old_dev": old_dev, "new_dev": new_dev}
     said: dict[str, Any] = {"publish": publish, "who": who, "why": why, "out": folder, **where}

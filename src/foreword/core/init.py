@@ -160,10 +160,22 @@ def random_states(base: FrozenModel, num: int, seed: int) -> Tensor:
     return noise * scales[:, None, None]
 
 
-def residual_scale(base: FrozenModel) -> float:
-    """Return the root mean square of the second layer's input on sampled tokens: embedding and first layer together."""
-    states = states_of(base, _sample_rows(base), Block((len(_sample_rows(base)),)))
-    return float(states[min(1, len(states) - 1)].square().mean().sqrt().clamp_min(1e-6))
+def residual_scale(base: FrozenModel) -> Tensor:
+    """Return the root mean square [] of the second layer's input on sampled tokens: embedding and first layer."""
+    rows = _sample_rows(base)
+    states = states_of(base, rows, Block((len(rows),)))
+    return _root_mean_square(states[min(1, len(states) - 1)])
+
+
+def kv_spreads(base: FrozenModel) -> list[Tensor]:
+    """Return how far each head's keys and values lie from their mean on sampled tokens: root mean squares [Hkv, 1].
+
+    First of the first layer's keys, then of its values, then of the second layer's.
+    """
+    rows = _sample_rows(base)
+    sample = kv_of(base, rows, Block((len(rows),)))
+    pairs = zip(sample.keys, sample.values, strict=True)
+    return [_root_mean_square(x - x.mean(1, keepdim=True), (1, 2))[:, None] for pair in pairs for x in pair]
 
 
 def random_kv(base: FrozenModel, block: Block, seed: int) -> SoftKV:
@@ -202,6 +214,10 @@ def from_vectors(vectors: Vectors, block: Block, *, after: int = 0) -> Vectors:
         tuple(_rows_tiled(value, num, 1) for value in vectors.values),
         block,
     )
+
+
+def _root_mean_square(numbers: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    return numbers.float().square().mean(dims).sqrt().clamp_min(1e-6).cpu()
 
 
 def _typical(rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from foreword.errors import ConfigError, did_you_mean
 
 STEPS = 200
 """Steps where the user sets none; at 1/4 of notes' tokens most of the gap is closed by then (bench/distil.py)."""
-KV_LR = 0.03
+KV_LR = 0.05
 """Peak learning rate of `kv` where the user sets neither it nor the optimizer. Lower than for tasks: the start is near
 the goal already (bench/distil.py)."""
 RATIO = 4.0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foreword.config import TrainConfig
 from foreword.core.artefact import load_artefact
-from foreword.core.init import from_vectors, initial_vectors, residual_scale
+from foreword.core.init import from_vectors, initial_vectors
 from foreword.core.model import FrozenModel
 from foreword.core.prompt import KVPrefix, Vectors
 from foreword.errors import ConfigError, DataError, IncompatibleModel, TrainingDiverged
@@ -24,7 +24,7 @@ from foreword.train.data import BatchOrder, Example, encode_rows
 from foreword.train.loss import Batch
 from foreword.train.muon import Muon
 from foreword.train.run import DEFAULTS, Run, Status
-from foreword.train.tuners import Tuner
+from foreword.train.tuners import Tuner, scales_of
 
 if TYPE_CHECKING:
     from foreword.eval.report import EvalRow
@@ -71,7 +71,7 @@ class RunState:
             config.frozen_vectors,
             rank=config.rank,
             is_shared=config.share is not None,
-            scale=residual_scale(base) if config.method == "prompt" else None,
+            scales=scales_of(base, config.method),
         )
         self.tuner = tuner.to(base.device)
         self.optimizer = make_optimizer(self.tuner.own_parameters(), run, self.tuner.widths)

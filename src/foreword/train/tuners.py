@@ -1,22 +1,24 @@
 """What an optimiser moves: the vectors themselves, or an encoder that produces them while training.
 
-Every kind of vectors is one matrix θ [P, F] here, F the numbers of one position over all layers; each part (a layer's
-hidden states, a layer's keys, a layer's values) is divided by the root mean square of its initial values, a prompt by
-that of the second layer's input: what the first layer writes is 10 to 60 times longer than an embedding, and the rows
-must stand beside it. So a learning rate is a relative displacement per step, whatever the scale of a base's hidden
-states, keys and values.
-An encoder's output is all that is exported.
+Every kind of vectors is one matrix θ [P, F] here, F the numbers of one position over all layers, divided by the scale
+of what the vectors stand beside: a learning rate is a displacement relative to that, whatever the base. An encoder's
+output is all that is exported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from foreword.core.block import Block
+from foreword.core.init import kv_spreads, residual_scale
 from foreword.core.prompt import SoftKV, SoftPrefix, SoftPrompt, Vectors
+
+if TYPE_CHECKING:
+    from foreword.core.model import FrozenModel
 
 WIDTH = 128
 """Width of an encoder's hidden layer and of the pseudo tokens that it reads."""
@@ -44,11 +46,24 @@ def from_parts(parts: Sequence[Tensor], like: Vectors) -> Vectors:
     return SoftKV(tuple(heads[0::2]), tuple(heads[1::2]), like.block)
 
 
+def scales_of(base: FrozenModel, method: str) -> list[Tensor] | None:
+    """Return what each of a method's parts is divided by, measured in the base; None for their own initial size.
+
+    A prompt's rows by the size of the second layer's input: what the first layer writes is 10 to 60 times longer than
+    an embedding, and the rows must stand beside it. Each head's keys and values by how far tokens' lie from their mean:
+    it tells no token from another, and of base-3m's keys it is up to 2.4 times as long as the rest.
+    """
+    if method == "prompt":
+        return [residual_scale(base)]
+    return kv_spreads(base) if method == "kv" else None
+
+
 class Tuner(nn.Module):
     """Trainable form of one run's vectors, in float32; `vectors()` is what it stands for now.
 
     The first `num_frozen` vectors stay as they begin: a frozen first token keeps the attention that models rest there.
-    `scale`, where given, is what all parts are divided by in place of their own root mean square.
+    Each part is divided by its own of `scales`, which broadcast to [...] of `to_parts`; without any by the root mean
+    square of its initial values. `scales_of` has what training uses.
     `rank` and `is_shared` are those of `LowRank`, and of no other encoder.
     """
 
@@ -62,7 +77,7 @@ class Tuner(nn.Module):
         *,
         rank: int = 1,
         is_shared: bool = False,
-        scale: float | None = None,
+        scales: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__()
         parts = [part.detach().float() for part in to_parts(initial)]
@@ -70,11 +85,10 @@ class Tuner(nn.Module):
         self.initial = initial
         """The vectors that training starts from."""
         self._shapes = [part.shape[1:] for part in parts]
-        sizes = [part.square().mean().sqrt().clamp_min(1e-6) for part in parts]
-        if scale is not None:
-            sizes = [torch.tensor(scale) for _ in parts]
-        scales = [size.expand(part[0].numel()) for size, part in zip(sizes, parts, strict=True)]
-        self.register_buffer("scale", torch.cat(scales))
+        if scales is None:
+            scales = [part.square().mean().sqrt().clamp_min(1e-6) for part in parts]
+        whole = [scale.expand(shape).flatten() for scale, shape in zip(scales, self._shapes, strict=True)]
+        self.register_buffer("scale", torch.cat(whole))
         self._num_frozen = num_frozen
         start = torch.cat([part.reshape(part.shape[0], -1) for part in parts], dim=1) / self._buffer("scale")
         self.register_buffer("frozen", start[:num_frozen].clone())
