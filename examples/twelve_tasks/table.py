@@ -1,4 +1,4 @@
-"""Merge parts that run.py wrote into one result file and print the README's table.
+"""Merge parts that run.py wrote into one result file and print the tables of bench/results/twelve.md.
 
 python examples/twelve_tasks/table.py PART.json ... [--out bench/results/twelve_base-3m.json]
 """

@@ -96,13 +96,22 @@ def _lines(axes: Any, figure: Lines) -> None:
 
 
 def _axes(axes: Any, figure: Scatter | Lines) -> None:
-    if figure.x_log:
-        axes.set_xscale("log")
-    if figure.y_log:
-        axes.set_yscale("log")
+    for is_log, set_scale, axis in (
+        (figure.x_log, axes.set_xscale, axes.xaxis),
+        (figure.y_log, axes.set_yscale, axes.yaxis),
+    ):
+        if is_log:
+            set_scale("log")
+            axis.set_major_formatter(_number)
+            axis.set_minor_formatter(_number)
     axes.set_xlabel(_plain(figure.x_title))
     axes.set_ylabel(_plain(figure.y_title))
     axes.grid(alpha=0.25)
+
+
+def _number(value: float, _: int) -> str:
+    """Label 1, 2 and 5 of each decade, as plain numbers."""
+    return f"{value:g}" if f"{value:e}"[:3] in ("1.0", "2.0", "5.0") else ""
 
 
 def _plain(text: str) -> str:

@@ -12,6 +12,8 @@ from foreword.report import Lines
 
 MAX_POINTS = 200
 """Points of a curve at most; of more steps, means of equally many are drawn."""
+LOG_FROM = 5
+"""From this ratio of the largest loss to the smallest, losses are drawn by their logarithm."""
 
 Points = tuple[tuple[float, float], ...]
 
@@ -26,8 +28,9 @@ def curves(history: Sequence[Mapping[str, Any]]) -> list[Lines]:
     """Return the figures that a history has numbers for: losses, dev metric, learning rate, gradient, displacement."""
     losses = {"training": points(history, "loss"), "dev": points(history, "dev_loss")}
     shown = {name: series for name, series in losses.items() if series}
-    positive = all(value > 0 for series in shown.values() for _, value in series)
-    figures = [Lines("Loss", "step", "nats per learned token", shown, y_log=positive)]
+    values = [value for series in shown.values() for _, value in series]
+    wide = bool(values) and 0 < LOG_FROM * min(values) < max(values)
+    figures = [Lines("Loss", "step", "nats per learned token", shown, y_log=wide)]
     for key, title, unit in (
         ("dev_metric", "Metric on dev rows", "score"),
         ("displacement", "Distance of the vectors from their start", "share of the start's norm"),
