@@ -97,7 +97,8 @@ def test_a_run_that_diverged_at_once_has_a_report_without_curves(state):
 
 def test_curves_are_drawn_for_what_a_history_has():
     plain = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5, "dev_loss": 0.7}]
-    assert [(figure.title, figure.y_log) for figure in curves(plain)] == [("Loss", True)]
+    assert [(figure.title, figure.y_log) for figure in curves(plain)] == [("Loss", False)]
+    assert curves([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.1}])[0].y_log is True
     assert curves(plain)[0].series == {"training": ((1, 1.0), (2, 0.5)), "dev": ((2, 0.7),)}
     assert curves([{"step": 1, "loss": 0.0}])[0].y_log is False
     assert [figure.title for figure in curves([row(1, dev_metric=0.5)])][1] == "Metric on dev rows"

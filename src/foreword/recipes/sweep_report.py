@@ -7,6 +7,7 @@ from foreword.recipes.space import setting_toml, show_setting
 from foreword.recipes.sweep_result import Ranked, SweepResult
 from foreword.report import Bullets, Code, Lines, Report, Section, Table, Text
 from foreword.report.parts import Block, Cell
+from foreword.train.curves import loss_figure
 
 MEASURES = {
     "dev_loss": "dev loss in nats per target token, lower is better",
@@ -94,7 +95,7 @@ def _curves(result: SweepResult) -> tuple[Block, ...]:
     }
     return (
         Lines("Dev rows", "step", MEASURES[result.measure].split(",")[0], series),
-        Lines("Training loss, mean over ten steps", "step", "nats per target token", losses, y_log=True),
+        loss_figure("Training loss, mean over ten steps", losses),
     )
 
 

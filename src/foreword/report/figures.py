@@ -14,6 +14,9 @@ SETTINGS = {"svg.hashsalt": "foreword", "svg.fonttype": "none", "font.size": 10,
 LINES_AREA = (0.11, 0.13, 0.86, 0.79)
 """Left, bottom, width and height of lines in their figure: fixed, which takes half the time of finding it."""
 
+FEW_DECADES = 1000.0
+"""Up to this ratio of its ends, an axis has plain numbers, and 2 and 5 of each decade are labelled too."""
+
 
 def to_svg(figure: Figure) -> str:
     """Return a figure as SVG."""
@@ -102,8 +105,10 @@ def _axes(axes: Any, figure: Scatter | Lines) -> None:
     ):
         if is_log:
             set_scale("log")
-            axis.set_major_formatter(_number)
-            axis.set_minor_formatter(_number)
+            low, high = axis.get_view_interval()
+            if high < FEW_DECADES * low:
+                axis.set_major_formatter(_number)
+                axis.set_minor_formatter(_number)
     axes.set_xlabel(_plain(figure.x_title))
     axes.set_ylabel(_plain(figure.y_title))
     axes.grid(alpha=0.25)

@@ -28,9 +28,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> list[Lines]:
     """Return the figures that a history has numbers for: losses, dev metric, learning rate, gradient, displacement."""
     losses = {"training": points(history, "loss"), "dev": points(history, "dev_loss")}
     shown = {name: series for name, series in losses.items() if series}
-    values = [value for series in shown.values() for _, value in series]
-    wide = bool(values) and 0 < LOG_FROM * min(values) < max(values)
-    figures = [Lines("Loss", "step", "nats per learned token", shown, y_log=wide)]
+    figures = [loss_figure("Loss", shown)]
     for key, title, unit in (
         ("dev_metric", "Metric on dev rows", "score"),
         ("displacement", "Distance of the vectors from their start", "share of the start's norm"),
@@ -40,6 +38,13 @@ def curves(history: Sequence[Mapping[str, Any]]) -> list[Lines]:
         if series := points(history, key):
             figures.append(Lines(title, "step", unit, {key.replace("_", " "): series}))
     return figures
+
+
+def loss_figure(title: str, series: Mapping[str, Points]) -> Lines:
+    """Return losses over steps, by their logarithm where they differ much."""
+    values = [value for points in series.values() for _, value in points]
+    is_wide = bool(values) and 0 < LOG_FROM * min(values) < max(values)
+    return Lines(title, "step", "nats per learned token", series, y_log=is_wide)
 
 
 def points(history: Sequence[Mapping[str, Any]], key: str) -> Points:
