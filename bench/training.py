@@ -176,10 +176,12 @@ def compare_step(method: str, num: int, rounds: int) -> dict[str, Any]:
     }
     memory = {name: memory_of(name, method if name == "foreword" else kind, num) for name in ways}
     counted = {"foreword": flops("foreword", method, num), "peft": flops("peft", kind, num)}
-    same = {
-        "loss_relative_difference": abs(loss - peer_loss) / abs(peer_loss),
-        "gradient_relative_difference": float((gradient - peer_gradient).norm() / peer_gradient.norm()),
-    }
+    same = {}
+    if method != "prefix":  # PEFT has no hidden-state form to compare values with
+        same = {
+            "loss_relative_difference": abs(loss - peer_loss) / abs(peer_loss),
+            "gradient_relative_difference": float((gradient - peer_gradient).norm() / peer_gradient.norm()),
+        }
     return {
         "method": method,
         "peer": f"PEFT {kind}",
@@ -193,7 +195,7 @@ def compare_step(method: str, num: int, rounds: int) -> dict[str, Any]:
         "seconds": times,
         "memory_ratio": memory["foreword"] / memory["peft"],
         "peak_mib_over_model": memory,
-        **({} if method == "prefix" else same),  # PEFT has no hidden-state form to compare values with
+        **same,
     }
 
 
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", default="prompt,kv,prefix")
     parser.add_argument("--memory", nargs=3, metavar=("WAY", "METHOD", "P"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -256,7 +259,7 @@ def main() -> None:
         "note": "ways take turns, so ratios hold on a machine that others use too; absolute seconds do not",
         "steps": [],
     }
-    for method in ("prompt", "kv", "prefix"):
+    for method in options.methods.split(","):
         for num in (20, 100):
             result["steps"].append(compare_step(method, num, options.rounds))
             save(result, options.json)
