@@ -35,7 +35,7 @@ class MethodDefaults:
 
 DEFAULTS: Mapping[str, MethodDefaults] = {
     "prompt": MethodDefaults(lr=0.5, adaptive_lr=0.3, init="text"),
-    "prefix": MethodDefaults(lr=0.2, adaptive_lr=0.2, init="text"),
+    "prefix": MethodDefaults(lr=0.1, adaptive_lr=0.2, init="text"),
     "kv": MethodDefaults(lr=0.1, adaptive_lr=0.2, init="text"),
 }
 
