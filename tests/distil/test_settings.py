@@ -2,7 +2,7 @@
 
 import pytest
 
-from foreword.distil.settings import DistilConfig, load_job, parse_overrides, train_config
+from foreword.distil.settings import KV_LR, DistilConfig, load_job, parse_overrides, train_config
 from foreword.errors import ConfigError
 
 TOML = """
@@ -19,7 +19,7 @@ steps = 50
 
 def test_defaults():
     config = train_config({})
-    assert (config.method, config.frozen_vectors, config.lr) == ("kv", 1, 0.03)
+    assert (config.method, config.frozen_vectors, config.lr) == ("kv", 1, KV_LR)
     assert train_config({"lr": 0.1}).lr == 0.1
     assert train_config({"method": "prompt"}).lr is train_config({"optimizer": "adamw"}).lr is None
     made = DistilConfig(context="a.txt", name="a")
