@@ -1,32 +1,12 @@
 """`foreword sweep`, `foreword lr` and `foreword train --share` as a user meets them, wrong input included."""
 
 import json
-import sys
 
 import pytest
 
-from foreword.cli import main
 from tests.bundled import BASE, write_task
 
 FAST = ["--set", "train.steps=4", "--set", "train.batch_size=4", "--set", "train.init=vocab"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command line; return (exit code, standard output, standard error)."""
-    monkeypatch.setenv("FOREWORD_HOME", str(tmp_path / "home"))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
 
 
 def test_sweep_prints_its_result_and_writes_the_report(run, tmp_path):

@@ -1,11 +1,9 @@
 """`foreword train` on data in its forms, and with trackers: mistakes are told before any base is loaded."""
 
 import json
-import sys
 
 import pytest
 
-from foreword.cli import main
 from foreword.core.artefact import load_artefact
 from foreword.train import trackers
 from tests.bundled import BASE, write_task
@@ -13,23 +11,6 @@ from tests.bundled import BASE, write_task
 parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
 datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
 FAST = ["--set", "train.steps=3", "--set", "train.batch_size=4"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line; return (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
 
 
 def convert(folder, split):

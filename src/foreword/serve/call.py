@@ -18,7 +18,8 @@ from foreword.serve.access.limits import Slot, check_new_tokens, check_prompt_to
 from foreword.serve.backend import Caller, Stream
 from foreword.serve.http.answers import Answer, Gathered, Usage, event_bytes
 from foreword.serve.http.exchange import ClientGone, Halt, error_response, translated, watch
-from foreword.serve.http.openai_api import Body, ChatBody, error_json
+from foreword.serve.http.openai_api import Body, ChatBody
+from foreword.serve.http.openai_errors import error_json
 from foreword.serve.versions.names import Target
 from foreword.serve.versions.residents import Lease
 from foreword.serve.versions.routes import of_kind, user_key

@@ -31,7 +31,8 @@ from foreword.serve.call import CLIENT_GONE, Call, EventStream
 from foreword.serve.http.edge import Edge
 from foreword.serve.http.endpoints import add_endpoints
 from foreword.serve.http.exchange import ClientGone, Pending, error_response, read_body, translated
-from foreword.serve.http.openai_api import ChatBody, CompletionBody, InvalidPath, parse_body
+from foreword.serve.http.openai_api import ChatBody, CompletionBody, parse_body
+from foreword.serve.http.openai_errors import InvalidPath
 from foreword.serve.http.openapi import document
 from foreword.serve.versions.names import TTL_S, Names, Target, VersionSource
 from foreword.serve.versions.residents import Residents, keep_loaded, keep_swept

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from foreword.errors import ForewordError, Overloaded
 from foreword.serve.http.exchange import ClientGone, Halt, Pending, read_body, watch
-from foreword.serve.http.openai_api import InvalidBody
+from foreword.serve.http.openai_errors import InvalidBody
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

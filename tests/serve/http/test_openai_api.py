@@ -10,16 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from foreword.errors import Conflict, ForewordError, NotFound, Overloaded
-from foreword.serve.http.openai_api import (
-    ENGINE_FIELDS,
-    Body,
-    ChatBody,
-    CompletionBody,
-    InvalidBody,
-    error_headers,
-    error_json,
-    parse_body,
-)
+from foreword.serve.http.openai_api import ENGINE_FIELDS, Body, ChatBody, CompletionBody, parse_body
+from foreword.serve.http.openai_errors import InvalidBody, error_headers, error_json
 
 USER = [{"role": "user", "content": "hello"}]
 

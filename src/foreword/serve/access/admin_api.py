@@ -40,7 +40,8 @@ from foreword.serve.access.admin_bodies import (
 from foreword.serve.access.auth import Principal
 from foreword.serve.access.limits import NOTHING
 from foreword.serve.http.exchange import read_body
-from foreword.serve.http.openai_api import InvalidBody, Strict, checked, parse_model
+from foreword.serve.http.openai_api import Strict, checked, parse_model
+from foreword.serve.http.openai_errors import InvalidBody
 from foreword.serve.http.openapi import documented
 
 if TYPE_CHECKING:

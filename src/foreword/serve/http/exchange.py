@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from foreword.errors import ForewordError, Overloaded
-from foreword.serve.http.openai_api import InvalidBody, error_headers, error_json
+from foreword.serve.http.openai_errors import InvalidBody, error_headers, error_json
 from foreword.serve.watch.logs import places
 
 BODY_S = 120.0

@@ -22,7 +22,7 @@ from foreword.errors import Overloaded
 from foreword.registry.access_records import Route, ShadowPair
 from foreword.registry.records import Version
 from foreword.serve.backend import Backend, Caller, Timings
-from foreword.serve.http.openai_api import error_kind
+from foreword.serve.http.openai_errors import error_kind
 from foreword.serve.versions.names import Names
 from foreword.serve.versions.residents import Residents
 from foreword.serve.versions.routes import takes

@@ -13,7 +13,7 @@ import logging
 
 from foreword.errors import ForewordError
 from foreword.registry.access_records import Route
-from foreword.serve.http.openai_api import error_kind
+from foreword.serve.http.openai_errors import error_kind
 from foreword.serve.versions.names import Names, Target
 from foreword.serve.versions.residents import Lease, Residents
 from foreword.serve.versions.routes import takes

@@ -12,7 +12,7 @@ import foreword
 from foreword.errors import ForewordError
 from foreword.serve.backend import Backend
 from foreword.serve.engines.replicas import Pool, ReplicaState
-from foreword.serve.http.openai_api import snake
+from foreword.serve.http.openai_errors import snake
 from foreword.serve.versions.residents import Residents
 
 if TYPE_CHECKING:

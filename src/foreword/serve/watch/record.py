@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from foreword.errors import ForewordError, RateLimited, Unauthorized
-from foreword.serve.http.openai_api import error_kind
+from foreword.serve.http.openai_errors import error_kind
 from foreword.serve.watch.logs import fields
 
 if TYPE_CHECKING:
