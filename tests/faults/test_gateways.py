@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -225,9 +226,10 @@ class Balancer:
 
 def listens(gateway: Gateway) -> bool:
     try:
-        return bool(httpx.get(f"{gateway.url}/ready", verify=False).status_code)
-    except httpx.ConnectError:
+        socket.create_connection(("127.0.0.1", gateway.port)).close()
+    except ConnectionRefusedError:
         return False
+    return True
 
 
 @pytest.mark.parametrize("room", ["sqlite"], indirect=True)
