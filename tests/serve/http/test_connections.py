@@ -21,14 +21,18 @@ GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    monkeypatch.setattr(Connection, "head_s", 0.2)
-    monkeypatch.setattr(Connection, "stall_s", 0.2)
+    monkeypatch.setattr(Connection, "stall_s", 1.0)
     monkeypatch.setattr(connections, "MAX_UNREAD_BYTES", 100_000)
     backend = FakeBackend(words=("word ",) * 5)
     app = create_app(backend, FakeRegistry(version("triage", 1)), base_name="base", max_body_bytes=10_000)
     with served(app, backend) as running:
         yield running
     assert backend.num_running == 0
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "head_s", 0.2)
 
 
 def connect(stage: Served, receive_bytes: int | None = None) -> socket.socket:
@@ -52,12 +56,14 @@ def ends(client: socket.socket) -> bytes:
     return data
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_connection_without_a_request_is_cut(stage: Served) -> None:
     with connect(stage) as silent, connect(stage) as slow:
         slow.sendall(HEAD)
         assert ends(silent) == b"" and ends(slow) == b""
 
 
+@pytest.mark.usefixtures("impatient")
 def test_line_ends_are_no_request(stage: Served) -> None:
     with connect(stage) as client:
         client.sendall(GET)
@@ -66,6 +72,7 @@ def test_line_ends_are_no_request(stage: Served) -> None:
         assert ends(client) == b""
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_connection_that_is_kept_may_wait_and_then_ask_again(stage: Served) -> None:
     with connect(stage) as client:
         for _ in range(2):
@@ -136,7 +143,6 @@ def test_a_slow_client_that_takes_what_comes_is_served(stage: Served) -> None:
 
 def test_too_many_connections_are_closed_and_the_others_served(stage: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Connection, "max_connections", 5)
-    monkeypatch.setattr(Connection, "head_s", 5.0)
     clients = [connect(stage) for _ in range(8)]
     try:
         answers = []

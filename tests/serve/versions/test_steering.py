@@ -128,11 +128,11 @@ def test_a_canary_that_cannot_be_loaded_takes_nobody_down(stage: Stage, caplog: 
 def test_a_canary_that_loads_for_too_long_is_not_waited_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stage.ask().status_code == 200
     monkeypatch.setattr(steering.lease, "__kwdefaults__", {"load_s": 0.05})
-    stage.backend.load_s = 0.5
+    stage.backend.load_s = 1.5
     stage.route(whole(CANARY))
     started = time.monotonic()
     assert stage.ask().headers["x-foreword-canary"] == "failed"
-    assert time.monotonic() - started < 0.4
+    assert time.monotonic() - started < 1.4
     wait_for(lambda: "sha-triage-2" in stage.backend.loaded)
     assert stage.ask().headers["x-foreword-route"] == "canary"
 
@@ -157,7 +157,7 @@ def test_a_shadow_answers_behind_the_answer_and_is_never_seen(stage: Stage, is_s
     assert pair.request_id == found.headers["x-request-id"] and not pair.agrees
     asked, copied = stage.backend.requests
     assert (copied.seed, copied.temperature, copied.prefix) == (5, 0, "sha-triage-3") and asked.prompt == copied.prompt
-    assert stage.metric('foreword_shadow_requests_total{outcome="differed",task="triage",version="3"}') == 1
+    wait_for(lambda: stage.metric('foreword_shadow_requests_total{outcome="differed",task="triage",version="3"}') == 1)
     assert stage.metric("foreword_completion_tokens_total") == 4
     assert stage.metric('foreword_requests_total{code="200"') == 1
 
@@ -182,11 +182,11 @@ def test_what_is_not_copied(stage: Stage) -> None:
 def test_a_shadow_delays_no_answer(stage: Stage) -> None:
     stage.ask()
     stage.route(SHADOW)
-    stage.backend.load_s = 0.3  # the candidate's
+    stage.backend.load_s = 1.5  # the candidate's
     started = time.monotonic()
     for _ in range(3):
         assert stage.ask().status_code == 200
-    assert time.monotonic() - started < 0.3
+    assert time.monotonic() - started < 1.4
     wait_for(lambda: len(stage.access.pairs) == 3)
 
 
