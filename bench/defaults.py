@@ -1,6 +1,8 @@
-"""How the defaults of training were found: optimizers, learning rates, starts, encoders and lengths on real tasks.
+r"""How the defaults of training were found: optimizers, learning rates, starts, encoders and lengths on real tasks.
 
 python bench/defaults.py --base ../shared/models/base-3m [--json bench/results/defaults.json]
+python bench/defaults.py --base ../shared/models/base-3m --batch 32 --seeds 2 --rows 150 \
+  --tasks trec,bitext_support_triage,sst2,restaurant8k_slots --settings '[{"method": "prompt", "init": "random"}]'
 
 Every line changes one thing and leaves the rest at its default. The measure is dev loss in nats per target token, and
 exact match of free generation on dev rows. Results are written after each line; a second call goes on.
@@ -9,6 +11,7 @@ exact match of free generation on dev rows. Results are written after each line;
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -42,15 +45,15 @@ def grid() -> list[dict[str, Any]]:
     return settings
 
 
-def measure(base: fw.FrozenModel, task: str, settings: dict[str, Any], steps: int, rows: int) -> dict[str, Any]:
-    run = fw.Run.from_toml(EXAMPLES / f"{task}.toml", steps=steps, batch_size=16, **settings)
+def measure(base: fw.FrozenModel, task: str, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    run = fw.Run.from_toml(EXAMPLES / f"{task}.toml", steps=options.steps, batch_size=options.batch, **settings)
     with tempfile.TemporaryDirectory() as folder:
         result = fw.fit(base, [run], out=folder)[0]
         assert result.artefact is not None
         engine = fw.Engine(base, kv_memory="512MiB", max_batch=96)
         engine.add_prefix(task, fw.compile(base, fw.load_artefact(result.artefact)))
-    report = fw.evaluate(engine, run.task, prefix=task, split="dev", limit=rows, decoding="free")
-    return {"task": task, "setting": settings, "dev_loss": result.best["value"], "score": report.score}
+    report = fw.evaluate(engine, run.task, prefix=task, split="dev", limit=options.rows, decoding="free")
+    return {"dev_loss": result.best["value"], "score": report.score}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -59,8 +62,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for setting in {json.dumps(row["setting"]): row["setting"] for row in rows}.values():
         cells = []
         for task in tasks:
-            found = next((row for row in rows if row["task"] == task and row["setting"] == setting), None)
-            cells.append(f"{found['dev_loss']:.3f} / {found['score']:.2f}" if found else "-")
+            found = [row for row in rows if row["task"] == task and row["setting"] == setting]
+            cells.append(", ".join(f"{row['dev_loss']:.3f} / {row['score']:.2f}" for row in found) or "-")
         changed = ", ".join(f"{key} {value}" for key, value in setting.items() if key != "method")
         lines.append(f"| `{setting['method']}`{', ' + changed if changed else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -71,14 +74,17 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--tasks", default="trec,bitext_support_triage")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=200, help="dev rows")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--settings", type=json.loads, default=grid(), help="a JSON list, in place of the grid")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base = fw.load_base(options.base)
     result: dict[str, Any] = {
-        "what": f"training defaults on {Path(options.base).name}, {options.steps} steps, batch 16, P = 20, seed 0",
+        "what": f"training defaults on {Path(options.base).name}, {options.steps} steps, batch {options.batch}, P = 20",
         "hardware": describe(),
         "dtype": str(base.dtype).removeprefix("torch."),
         "defaults": {method: {"lr": found.lr, "init": found.init} for method, found in DEFAULTS.items()},
@@ -88,14 +94,14 @@ def main() -> None:
         old = json.loads(options.json.read_text())
         if old.get("defaults") == result["defaults"] and old["what"] == result["what"]:
             result["rows"] = old["rows"]
-    for settings in grid():
-        for task in options.tasks.split(","):
-            if not any(row["task"] == task and row["setting"] == settings for row in result["rows"]):
-                row = measure(base, task, settings, options.steps, options.rows)
-                print(json.dumps(row), flush=True)
-                result["rows"].append(row)
-                if options.json:
-                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for settings, seed, task in itertools.product(options.settings, range(options.seeds), options.tasks.split(",")):
+        key = {"task": task, "setting": settings, "seed": seed}
+        if not any(row.items() >= key.items() for row in result["rows"]):
+            found = measure(base, task, settings | {"seed": seed}, options)
+            result["rows"].append(key | found)
+            print(json.dumps(result["rows"][-1]), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result["rows"]))
 
 
