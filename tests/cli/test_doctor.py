@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from foreword.cli import main
 from foreword.registry.store import Registry
 from foreword.serve.gateway import create_app
+from tests.command import Run, command_runner
 from tests.doctor.lab.server.plants import NoVectors
 from tests.doctor.lab.server.stage import BASE, NUM_VECTORS, base_of, home_of, running
 from tests.serve.artefacts import write_artefact
 from tests.serve.fakes import FakeBackend, served
 
-Run = Callable[..., tuple[int, str, str]]
 SUBJECTS = """
 from foreword.core.block import Block
 from foreword.core.init import initial_vectors
@@ -50,18 +48,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("FOREWORD_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FOREWORD_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", "doctor", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
+    return command_runner(monkeypatch, capsys, first=["doctor"])
 
 
 @pytest.fixture

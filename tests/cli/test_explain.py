@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 
-from foreword.cli import main
 from foreword.core.artefact import load_artefact, save_artefact
 from foreword.core.compile import compile
 from foreword.core.conformance import make_probes
 from tests.bundled import BASE, bundled, write_task
+from tests.command import command_runner
 from tests.serve.artefacts import write_artefact
 
 
@@ -18,18 +17,7 @@ from tests.serve.artefacts import write_artefact
 def run(monkeypatch, capsys, tmp_path):
     """Run a command line; return (exit code, standard output, standard error)."""
     monkeypatch.setenv("FOREWORD_HOME", str(tmp_path / "home"))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["foreword", "explain", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
+    return command_runner(monkeypatch, capsys, first=["explain"])
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from foreword.cli import main
 from foreword.cli.top_screen import rate, screen, seconds, size
 from foreword.engine.request import Chunk
 from foreword.serve.backend import Timings
 from foreword.serve.versions.residents import Residents
 from foreword.serve.watch.metrics import Metrics
 from foreword.serve.watch.readings import View, parse_page, view
+from tests.command import Run, command_runner
 from tests.serve.fakes import FakeBackend
 
 Page = Callable[[], tuple[int, str]]
@@ -90,26 +90,11 @@ def pages(page: Page) -> Iterator[str]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `foreword top`; return (exit code, standard output, standard error)."""
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("FOREWORD_KEY", raising=False)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", "top", *arguments])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        printed = capsys.readouterr()
-        assert isinstance(code, int)
-        return code, printed.out, printed.err
-
-    return call
-
-
-Run = Callable[..., tuple[int, str, str]]
+    return command_runner(monkeypatch, capsys, first=["top"])
 
 
 def test_once(run: Run) -> None:

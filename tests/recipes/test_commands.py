@@ -1,16 +1,15 @@
 """The recipes' commands as a user meets them: lines to copy, JSON, wrong input."""
 
 import json
-import sys
 
 import pytest
 
-from foreword.cli import main
 from foreword.core.artefact import load_artefact
 from foreword.registry.store import Registry
 from foreword.train.loop import fit
 from foreword.train.run import Run
 from tests.bundled import BASE, bundled, write_task
+from tests.command import command_runner
 from tests.recipes import cases
 
 FAST = ["--steps", "3", "--eval-rows", "4", "--decoding", "free"]
@@ -32,18 +31,7 @@ def home(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capsys, home):
     """Run a command line with the registry; return (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments), "--home", str(home / "home")])
-        code = 0
-        try:
-            main()
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
+    return command_runner(monkeypatch, capsys, last=["--home", str(home / "home")])
 
 
 def test_a_tweak_prints_the_line_that_promotes_it(run, home, tmp_path):
