@@ -51,6 +51,17 @@ def test_version(run):
     assert code == 0 and json.loads(out)["foreword"] == foreword.__version__
 
 
+def test_what_a_launcher_starts_several_times_is_refused_but_train(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in set(commands()) - {"train"}:
+        code, out, err = run(name)
+        assert (code, out) == (2, "") and err.startswith(f"error: foreword {name} runs in one process")
+    assert "cannot read nothing.toml" in run("train", "nothing.toml", "--base", tmp_path)[2]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run("version")[0] == 0
+
+
 def test_train_writes_artefacts(trained):
     assert load_artefact(trained / "out/colour-kv.safetensors").header.method == "kv"
     assert load_artefact(trained / "out/colour-prompt.safetensors").header.method == "prompt"

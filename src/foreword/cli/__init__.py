@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -29,7 +30,7 @@ from foreword.cli import (
     tweak_command,
     vllm_commands,
 )
-from foreword.errors import ForewordError
+from foreword.errors import ConfigError, ForewordError
 
 app = typer.Typer(
     name="foreword",
@@ -63,6 +64,17 @@ for group in (
     files_command,
 ):
     group.register(app)
+
+
+@app.callback()
+def refuse_copies(context: typer.Context) -> None:
+    """Refuse a command that a launcher started several times, each to do all of the work; `train` shares its own."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "LOCAL_RANK" in os.environ and count != "1" and context.invoked_subcommand != "train":
+        raise ConfigError(
+            f"foreword {context.invoked_subcommand} runs in one process, a launcher started {count}",
+            hint="Call it without `accelerate launch` or torchrun: only `foreword train` shares its work.",
+        )
 
 
 def main() -> None:
