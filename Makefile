@@ -8,7 +8,8 @@ VLLM_STAMP := $(VLLM)/.installed
 DEPLOY := .venv-deploy
 DEPLOY_PIP := $(DEPLOY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEPLOY_STAMP := $(DEPLOY)/.installed
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 12
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 12 \
+  --hypothesis-profile ci
 NOT_HERE := not gpu and not vllm and not deploy and not browser and not lab
 
 .PHONY: environments demo test test-more lab test-vllm test-deploy lint fix bench twelve clean
