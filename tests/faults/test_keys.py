@@ -37,6 +37,8 @@ class Room:
         for task in ("triage", "shared"):
             stage.registry.access.grant("acme", task, "manage")
         wait_until(lambda: self.one(self.acme).status == 200)
+        with self.gateway.client(self.acme) as client:  # the last change, so all before it are known, too
+            wait_until(lambda: client.get("/admin/v1/tasks/shared/versions").status_code == 200)
 
     def one(self, key: str, **body: Any) -> Answer:
         return together(self.gateway, key, lambda asker: asker.ask(**body))
