@@ -233,7 +233,7 @@ def test_a_failing_candidate_harms_nobody(fault: str, caplog: pytest.LogCaptureF
 
 def test_a_copy_that_hangs_is_given_up() -> None:
     async def main() -> None:
-        stage = Stage(timeout_s=0.01)
+        stage = Stage(timeout_s=0.5)
         stage.shadows.backend = stage.residents.backend = stage.backend = Gate()
         stage.offer()
         await stage.done()
