@@ -317,9 +317,9 @@ def test_tokens_put_the_deadline_off_but_the_whole_has_one(monkeypatch: pytest.M
                 while True:
                     attempt.token(loop.time())
                     await asyncio.sleep(0.005)
-        assert loop.time() - started >= 0.2
+        assert loop.time() - started >= 0.8
 
-    run(scenario, timeouts=Timeouts(head_s=0.05, first_token_s=0.05, token_s=0.05, whole_s=0.2))
+    run(scenario, timeouts=Timeouts(head_s=0.3, first_token_s=0.3, token_s=0.3, whole_s=0.8))
 
 
 def test_a_whole_answer_is_not_lost_by_its_end() -> None:
